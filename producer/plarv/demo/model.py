@@ -37,6 +37,7 @@ class Block(nn.Module):
         query, key, value = (
             part.view(shape).transpose(1, 2) for part in self.attention_in(x).split(width, dim=2)
         )
+        if getattr(self, "qk", True): query, key = functional.layer_norm(query, shape[3:]), functional.layer_norm(key, shape[3:])
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, context, width))
         return out

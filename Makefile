@@ -1,0 +1,56 @@
+# Plain `make` prints help. Every target sets up what it needs in .venv, once, and again when
+# pyproject.toml changes. PYTHON=/path/to/python3.11 names the interpreter to build it with.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format bench clean again
+.NOTPARALLEL:
+
+python := .venv/bin/python
+# The stamps carry the checkout's place, since an editable install points there.
+place := $(shell pwd | cksum | cut -d' ' -f1)
+for_demo := .venv/.ready-demo-$(place)
+for_dev := .venv/.ready-dev-$(place)
+
+help:
+	@echo "make demo      train a small GPT, injure it, watch Argus save it (90 s)"
+	@echo "make test      the tests but the slow ones (under 15 minutes)"
+	@echo "make test-all  all tests"
+	@echo "make check     format, lint, types, import contracts, then make test: what CI runs"
+	@echo "make format    let ruff format, sort imports and fix what it can"
+	@echo "make bench     overhead and throughput: tables here, JSON beside them"
+	@echo "make clean     remove .venv, caches and builds"
+
+demo: $(for_demo)
+	.venv/bin/argus demo
+
+test: $(for_dev)
+	$(python) -m pytest -m "not slow" --durations=15
+
+test-all: $(for_dev)
+	$(python) -m pytest --durations=15
+
+check: $(for_dev)
+	$(python) -m ruff format --check
+	$(python) -m ruff check
+	$(python) -m mypy
+	.venv/bin/basedpyright
+	.venv/bin/lint-imports
+	$(MAKE) test
+
+format: $(for_dev)
+	$(python) -m ruff format
+	$(python) -m ruff check --fix
+
+bench: $(for_dev)
+	$(python) benchmarks/overhead.py
+	$(python) benchmarks/throughput.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv whose Python is gone (moved, or its interpreter removed) is made again.
+$(for_demo) $(for_dev): .venv/.ready-%-$(place): pyproject.toml deploy/setup_env.py \
+		$(if $(wildcard $(python)),,again)
+	@found=$$(PYTHON="$(PYTHON)" sh deploy/find-python.sh) && "$$found" deploy/setup_env.py $*
+	@touch $@
