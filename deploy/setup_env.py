@@ -120,7 +120,8 @@ def uv_settings(settings: Mapping[str, str], environment: Mapping[str, str]) -> 
     told: Dict[str, str] = {}
     for name, variable in UV_VARIABLES.items():
         value = settings.get(name)
-        if value and variable not in environment and UV_ALIASES.get(variable) not in environment:
+        names = (variable, UV_ALIASES.get(variable, variable))
+        if value and not any(name in environment for name in names):
             separator = "," if variable == "UV_FIND_LINKS" else " "
             told[variable] = separator.join(value.split())
     if "UV_INDEX" in told and "UV_INDEX_STRATEGY" not in environment:

@@ -11,8 +11,16 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple, cast
 
+from plarv_schemas.arrow_columns import (
+    EXTRA_COLUMNS,
+    TABLE_COLUMNS,
+    TABLES,
+    Column,
+    TableName,
+    ValueKind,
+)
 from plarv_schemas.events import LIST_COLUMNS, Action, ControlEvent, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import Array, DataType, RecordBatch, Schema, require_pyarrow
 from plarv_schemas.versions import SCHEMA_VERSION
@@ -35,86 +43,8 @@ __all__ = [
     "to_ipc",
 ]
 
-TableName = Literal["steps", "events", "verdicts", "actions"]
-TABLES: Tuple[TableName, ...] = ("steps", "events", "verdicts", "actions")
-
 _VERSION_KEY = b"argus.schema_version"
 _TABLE_KEY = b"argus.table"
-
-_Kind = Literal[
-    "text", "int", "float", "timing", "texts", "ints", "floats", "json", "map", "sessions"
-]
-
-
-class _Column(NamedTuple):
-    name: str
-    kind: _Kind
-    required: bool = False
-
-
-def _columns(text: str, kind: _Kind, *, required: bool = False) -> Tuple[_Column, ...]:
-    return tuple(_Column(name, kind, required) for name in text.split())
-
-
-# Of each table: the fields of its named tuple, in their order.
-_TABLE_COLUMNS: Dict[TableName, Tuple[_Column, ...]] = {
-    "steps": (
-        *_columns("run_id session", "text", required=True),
-        *_columns("record rank step", "int", required=True),
-        *_columns("time_ns world_size", "int"),
-        *_columns("epoch loss grad_norm current_lr update_norm val_loss perplexity", "float"),
-        *_columns("grad_l1_norm grad_l2_norm", "float"),
-        *_columns("forward_ms backward_ms step_time_ms", "timing"),
-        *_columns("batch_size", "int"),
-        *_columns("loss_scale", "float"),
-        *_columns("sample_ids", "ints"),
-        *_columns("sample_losses sample_confidences sample_margins sample_entropies", "floats"),
-        *_columns("sample_correct local_levels", "ints"),
-        *_columns("local_scores", "floats"),
-        *_columns("local_layers", "texts"),
-    ),
-    "events": (
-        *_columns("run_id session", "text", required=True),
-        *_columns("record", "int", required=True),
-        *_columns("rank", "int"),
-        *_columns("kind", "text", required=True),
-        *_columns("time_ns step", "int"),
-        *_columns("data", "json", required=True),
-    ),
-    "verdicts": (
-        *_columns("run_id", "text", required=True),
-        *_columns("attempt", "int", required=True),
-        *_columns("rank", "int"),
-        *_columns("step ordinal", "int", required=True),
-        *_columns("detector kind level state", "text", required=True),
-        *_columns("onset_step", "int", required=True),
-        *_columns("score threshold", "float", required=True),
-        *_columns("evidence", "map", required=True),
-        *_columns("message version", "text", required=True),
-    ),
-    "actions": (
-        *_columns("run_id", "text", required=True),
-        *_columns("attempt", "int", required=True),
-        *_columns("sessions", "sessions", required=True),
-        *_columns("step ordinal", "int", required=True),
-        *_columns("kind", "text", required=True),
-        *_columns("parameters", "json", required=True),
-        *_columns("reason", "text", required=True),
-        *_columns("verdict_ids", "texts", required=True),
-        *_columns("harm_pressure", "float", required=True),
-        *_columns("expiry_step", "int", required=True),
-    ),
-}
-_PLACE_COLUMNS = _columns(
-    "ordinal attempt", "int"
-)  # set by a fold: optional beside steps and events
-_ID_COLUMN = _columns("id", "text")  # of verdicts and actions: for readers, not read back
-_EXTRA_COLUMNS: Dict[TableName, Tuple[_Column, ...]] = {
-    "steps": _PLACE_COLUMNS,
-    "events": _PLACE_COLUMNS,
-    "verdicts": _ID_COLUMN,
-    "actions": _ID_COLUMN,
-}
 
 
 def encode_steps(
@@ -139,7 +69,7 @@ def encode_steps(
 
 
 def decode_steps(batch: RecordBatch) -> List[StepEvent]:
-    """The inverse of `encode_steps`. ValueError: another table, a newer version, or broken columns."""
+    """The inverse of `encode_steps`. ValueError: another table, newer version, broken column."""
     columns = _decode("steps", batch)
     for place in range(len(columns) - len(LIST_COLUMNS), len(columns)):
         columns[place] = [None if cell is None else tuple(cell) for cell in columns[place]]
@@ -203,7 +133,7 @@ def extra_column(batch: RecordBatch, name: Literal["ordinal", "attempt"]) -> Opt
     """The events' ordinals or attempts, where the batch carries them."""
     if name not in batch.schema.names:
         return None
-    return cast(List[int], _checked(_Column(name, "int", required=True), batch))
+    return cast(List[int], _checked(Column(name, "int", required=True), batch))
 
 
 @lru_cache(maxsize=None)
@@ -212,7 +142,7 @@ def file_schema(table: TableName) -> Schema:
     pa = require_pyarrow()
     fields = [
         pa.field(column.name, _type_of(column.kind), nullable=not column.required)
-        for column in _TABLE_COLUMNS[table] + _EXTRA_COLUMNS[table]
+        for column in TABLE_COLUMNS[table] + EXTRA_COLUMNS[table]
     ]
     return cast(Schema, pa.schema(fields, _metadata(table)))
 
@@ -236,7 +166,7 @@ def table_of(schema: Schema) -> Optional[TableName]:
 
 
 def to_ipc(batch: RecordBatch) -> bytes:
-    """The batch as one Arrow IPC stream, schema included. Not compressed: Kafka does that better."""
+    """The batch as one Arrow IPC stream with its schema. Not compressed: Kafka does that better."""
     pa = require_pyarrow()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -268,12 +198,12 @@ def _encode(
     schema: Optional[Schema],
 ) -> RecordBatch:
     pa = require_pyarrow()
-    columns = _TABLE_COLUMNS[table]
+    columns = TABLE_COLUMNS[table]
     values: List[Optional[Sequence[Any]]] = list(zip(*rows)) if rows else [()] * len(columns)
-    values += [extras.get(column.name) for column in _EXTRA_COLUMNS[table]]
+    values += [extras.get(column.name) for column in EXTRA_COLUMNS[table]]
     fields: List[Any] = []
     arrays: List[Array] = []
-    for column, cells in zip(columns + _EXTRA_COLUMNS[table], values):
+    for column, cells in zip(columns + EXTRA_COLUMNS[table], values):
         if schema is None and (cells is None or not (column.required or _has_value(cells))):
             continue
         cells = [None] * len(rows) if cells is None else cells
@@ -291,7 +221,7 @@ def _has_value(cells: Sequence[Any]) -> bool:
     return any(cell is not None for cell in cells)
 
 
-def _array(column: _Column, cells: Sequence[Any]) -> Array:
+def _array(column: Column, cells: Sequence[Any]) -> Array:
     pa = require_pyarrow()
     try:
         if column.kind == "timing":  # rounded to float32, which a safe conversion would refuse
@@ -301,7 +231,7 @@ def _array(column: _Column, cells: Sequence[Any]) -> Array:
         raise ValueError(f"column {column.name}: {error}") from error
 
 
-def _narrowed(kind: _Kind, array: Array) -> Array:
+def _narrowed(kind: ValueKind, array: Array) -> Array:
     """The array in a type of half the size or less, where that loses nothing."""
     pa, compute = require_pyarrow(), require_pyarrow("pyarrow.compute")
     if kind in ("float", "floats"):
@@ -321,10 +251,10 @@ def _narrowed(kind: _Kind, array: Array) -> Array:
 
 
 @lru_cache(maxsize=None)
-def _type_of(kind: _Kind) -> DataType:
+def _type_of(kind: ValueKind) -> DataType:
     pa = require_pyarrow()
     session = [pa.field("session", pa.string(), False), pa.field("first_record", pa.int64(), False)]
-    makers: Dict[_Kind, Callable[[], DataType]] = {
+    makers: Dict[ValueKind, Callable[[], DataType]] = {
         "text": pa.string,
         "json": pa.string,
         "int": pa.int64,
@@ -344,10 +274,10 @@ def _decode(table: TableName, batch: RecordBatch) -> List[List[Any]]:
     found = table_of(batch.schema)
     if found not in (None, table):
         raise ValueError(f"this batch holds {found}, not {table}")
-    return [_checked(column, batch) for column in _TABLE_COLUMNS[table]]
+    return [_checked(column, batch) for column in TABLE_COLUMNS[table]]
 
 
-def _checked(column: _Column, batch: RecordBatch) -> List[Any]:
+def _checked(column: Column, batch: RecordBatch) -> List[Any]:
     times = batch.schema.names.count(column.name)
     if times > 1:
         raise ValueError(f"column {column.name} is there {times} times")
@@ -363,8 +293,8 @@ def _checked(column: _Column, batch: RecordBatch) -> List[Any]:
     return array.to_pylist()
 
 
-def _fits(kind: _Kind, found: Any) -> bool:
-    """Whether values of this kind may come as the type found: any width, as other writers choose."""
+def _fits(kind: ValueKind, found: Any) -> bool:
+    """Whether such values may come as the type found: in any width, as other writers choose."""
     types = require_pyarrow("pyarrow.types")
     if kind in ("texts", "ints", "floats", "sessions"):
         is_list = types.is_list(found) or types.is_large_list(found)
@@ -379,7 +309,8 @@ def _fits_value(kind: str, found: Any) -> bool:
     if kind in ("text", "json"):
         if types.is_dictionary(found):
             found = found.value_type
-        checks = [types.is_string, types.is_large_string, types.is_string_view]
+        checks = [types.is_string, types.is_large_string]
+        checks.append(getattr(types, "is_string_view", types.is_string))  # since pyarrow 16
     elif kind == "int":
         checks = [types.is_integer]
     elif kind in ("float", "timing"):
@@ -402,7 +333,7 @@ def _to_json(values: Any) -> str:
 
 
 def _from_json(text: str) -> Dict[str, Any]:
-    values = json.loads(text)
+    values: object = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError(f"a JSON object is wanted, not {text[:40]!r}")
-    return values
+    return cast(Dict[str, Any], values)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import struct
+from typing import Any, Dict
 
 import pytest
 
@@ -24,7 +25,8 @@ from plarv_schemas.events import (  # noqa: E402
 )
 from plarv_schemas.versions import SCHEMA_VERSION  # noqa: E402
 
-INTEGERS = st.integers(-(2**63), 2**63 - 1)
+Strategy = st.SearchStrategy[Any]
+INTEGERS: Strategy = st.integers(-(2**63), 2**63 - 1)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DOUBLES = st.floats(width=64)
 SINGLES = st.floats(width=32)
@@ -38,13 +40,13 @@ LIST_CELLS = {
 }
 
 
-def scalar_cells(name):
+def scalar_cells(name: str) -> Strategy:
     if name in INTEGER_COLUMNS:
         return INTEGERS
     return SINGLES if name in TIMINGS else st.one_of(DOUBLES, SINGLES)
 
 
-def list_cells(name):
+def list_cells(name: str) -> Strategy:
     cells = LIST_CELLS.get(name, st.one_of(DOUBLES, SINGLES))
     return st.lists(cells, max_size=4).map(tuple)
 
@@ -120,7 +122,7 @@ CODECS = [
 ]
 
 
-def bits(value):
+def bits(value: Any) -> Any:
     """The value with floats as their bytes, so that NaN equals NaN and 0.0 is not -0.0."""
     if isinstance(value, float):
         return "nan" if value != value else struct.pack("<d", value)
@@ -133,7 +135,7 @@ def bits(value):
     return value
 
 
-def event(step=0, **columns):
+def event(step: int = 0, **columns: Any) -> StepEvent:
     return StepEvent("run", "s", step, 0, step, **columns)
 
 
@@ -142,7 +144,9 @@ def event(step=0, **columns):
 )
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_encoding_then_decoding_gives_back_every_bit(table, events, encode, decode, data):
+def test_encoding_then_decoding_gives_back_every_bit(
+    table: str, events: Strategy, encode: Any, decode: Any, data: st.DataObject
+) -> None:
     sent = data.draw(st.lists(events, max_size=5))
     batch = encode(sent)
     assert arrow.table_of(batch.schema) == table
@@ -154,7 +158,7 @@ def test_encoding_then_decoding_gives_back_every_bit(table, events, encode, deco
     assert bits([tuple(each) for each in decode(fixed)]) == bits([tuple(each) for each in sent])
 
 
-def test_an_empty_list_and_an_absent_one_stay_apart():
+def test_an_empty_list_and_an_absent_one_stay_apart() -> None:
     sent = [event(0, sample_losses=()), event(1), event(2, sample_losses=(math.nan,))]
     assert [each.sample_losses for each in arrow.decode_steps(arrow.encode_steps(sent))][:2] == [
         (),
@@ -162,26 +166,26 @@ def test_an_empty_list_and_an_absent_one_stay_apart():
     ]
 
 
-def test_a_float_column_travels_as_float32_only_where_every_value_survives():
+def test_a_float_column_travels_as_float32_only_where_every_value_survives() -> None:
     narrow = arrow.encode_steps([event(loss=0.5), event(loss=math.nan), event(loss=None)])
     wide = arrow.encode_steps([event(loss=0.5), event(loss=0.1)])
     huge = arrow.encode_steps([event(loss=1e300), event(loss=math.inf)])
     assert str(narrow.column("loss").type) == "float"
     assert str(wide.column("loss").type) == "double"
     assert str(huge.column("loss").type) == "double"
-    lists = arrow.encode_steps([event(sample_losses=(0.5,), sample_margins=(0.1,))])
+    lists: Any = arrow.encode_steps([event(sample_losses=(0.5,), sample_margins=(0.1,))])
     assert str(lists.column("sample_losses").type.value_type) == "float"
     assert str(lists.column("sample_margins").type.value_type) == "double"
 
 
-def test_timings_always_travel_as_float32():
+def test_timings_always_travel_as_float32() -> None:
     batch = arrow.encode_steps([event(forward_ms=0.1)])
     assert str(batch.column("forward_ms").type) == "float"
     single = struct.unpack("<f", struct.pack("<f", 0.1))[0]
     assert arrow.decode_steps(batch)[0].forward_ms == single
 
 
-def test_columns_without_a_value_are_not_sent():
+def test_columns_without_a_value_are_not_sent() -> None:
     assert arrow.encode_steps([event(loss=1.0)]).schema.names == [
         "run_id",
         "session",
@@ -192,7 +196,7 @@ def test_columns_without_a_value_are_not_sent():
     ]
 
 
-def test_ordinals_and_attempts_travel_beside_the_events():
+def test_ordinals_and_attempts_travel_beside_the_events() -> None:
     batch = arrow.encode_steps([event(0), event(1)], ordinals=[7, 8], attempts=[1, 2])
     assert arrow.extra_column(batch, "ordinal") == [7, 8]
     assert arrow.extra_column(batch, "attempt") == [1, 2]
@@ -200,10 +204,10 @@ def test_ordinals_and_attempts_travel_beside_the_events():
     assert arrow.extra_column(arrow.encode_steps([event(0)]), "ordinal") is None
 
 
-def test_a_newer_schema_version_is_refused_in_words_and_earlier_ones_are_read():
-    batch = arrow.encode_steps([event(loss=1.0)])
+def test_a_newer_schema_version_is_refused_in_words_and_earlier_ones_are_read() -> None:
+    batch: Any = arrow.encode_steps([event(loss=1.0)])
 
-    def versioned(version):
+    def versioned(version: bytes) -> Any:
         metadata = {**batch.schema.metadata, b"argus.schema_version": version}
         return batch.replace_schema_metadata(metadata)
 
@@ -217,13 +221,13 @@ def test_a_newer_schema_version_is_refused_in_words_and_earlier_ones_are_read():
         arrow.decode_steps(versioned(b"x"))
 
 
-def test_another_table_is_refused_by_its_name():
+def test_another_table_is_refused_by_its_name() -> None:
     with pytest.raises(ValueError, match="holds steps, not verdicts"):
         arrow.decode_verdicts(arrow.encode_steps([event()]))
 
 
-def test_broken_columns_are_named():
-    batch = arrow.encode_steps([event(loss=1.0)])
+def test_broken_columns_are_named() -> None:
+    batch: Any = arrow.encode_steps([event(loss=1.0)])
     with pytest.raises(ValueError, match="column step is missing"):
         arrow.decode_steps(batch.drop_columns(["step"]))
     text = batch.set_column(5, "loss", pa.array(["high"]))
@@ -242,14 +246,18 @@ def test_broken_columns_are_named():
         ({"local_layers": ("\ud800",)}, "local_layers"),
     ],
 )
-def test_a_value_that_its_column_cannot_hold_names_the_column(columns, name):
+def test_a_value_that_its_column_cannot_hold_names_the_column(
+    columns: Dict[str, Any], name: str
+) -> None:
     with pytest.raises(ValueError, match=f"column {name}"):
         arrow.encode_steps([event(**columns)])
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cut_or_altered_message_is_a_value_error_and_never_a_crash(data):
+def test_a_cut_or_altered_message_is_a_value_error_and_never_a_crash(
+    data: st.DataObject,
+) -> None:
     whole = arrow.to_ipc(arrow.encode_steps([event(loss=1.0, sample_ids=(1, 2)), event(1)]))
     cut = data.draw(st.integers(0, len(whole) - 1))
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -259,7 +267,7 @@ def test_a_cut_or_altered_message_is_a_value_error_and_never_a_crash(data):
             arrow.decode_steps(arrow.from_ipc(message))
 
 
-def test_a_message_of_no_batch_or_of_two_is_refused():
+def test_a_message_of_no_batch_or_of_two_is_refused() -> None:
     batch = arrow.encode_steps([event()])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:

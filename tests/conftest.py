@@ -1,0 +1,53 @@
+"""What all tests share: hypothesis without chance or deadlines, and a house that needs little.
+
+The SDK's tests also run where nothing but pytest is installed: a test file whose top imports
+something that is not there is left out, and the header says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import pytest
+
+OPTIONAL = ("hypothesis", "matplotlib", "numpy", "polars", "pyarrow", "torch")
+MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
+
+_left_out: Dict[str, List[str]] = {}
+
+if "hypothesis" not in MISSING:
+    from hypothesis import settings
+
+    settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+    settings.register_profile("local", deadline=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:
+    """Leaves out a test file that cannot be imported here; None: nothing to say about it."""
+    if not MISSING or collection_path.suffix != ".py":
+        return None
+    missing = _top_imports(collection_path) & MISSING
+    for name in missing:
+        _left_out.setdefault(name, []).append(collection_path.name)
+    return True if missing else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which files were left out and why."""
+    for name, files in sorted(_left_out.items()):
+        terminalreporter.write_line(f"left out, {name} is not installed: {', '.join(sorted(files))}")
+
+
+def _top_imports(path: Path) -> "frozenset[str]":
+    names: List[str] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return frozenset(name.split(".")[0] for name in names)

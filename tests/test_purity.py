@@ -1,0 +1,108 @@
+"""The fold is pure: what it is made of can reach no clock, file, thread, chance or third party.
+
+The import contracts say what must not be imported; here stands what may be, which is shorter, and
+what no import shows.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+
+PROCESSORS = Path(__file__).parents[1] / "processors" / "plarv_processors"
+SHELLS = ("app.py", "serve.py")
+PURE = [path for path in sorted(PROCESSORS.rglob("*.py")) if path.name not in SHELLS]
+
+ALLOWED_IMPORTS = frozenset(
+    [
+        "__future__", "abc", "array", "bisect", "collections", "dataclasses", "enum", "functools",
+        "hashlib", "heapq", "itertools", "math", "operator", "struct", "typing",
+        "plarv_schemas.events", "plarv_schemas.versions",
+    ]
+)  # fmt: skip
+FORBIDDEN_CALLS = frozenset(
+    ["__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"]
+)
+# Finding the entry points of other packages reads their metadata: once, when a fold is set up.
+MAY_FIND_ENTRY_POINTS = frozenset(["detectors/__init__.py", "detectors/registry.py"])
+
+
+def impurities(source: str, found_by_entry_point: bool = False) -> List[str]:
+    """What is not pure in `source`, each as `line: what`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        what = _impurity(node, found_by_entry_point)
+        if what:
+            found.append(f"{getattr(node, 'lineno', 0)}: {what}")
+    return found
+
+
+def _impurity(node: ast.AST, found_by_entry_point: bool) -> str:
+    for module in _imported(node):
+        allowed = module in ALLOWED_IMPORTS or module.split(".")[0] == "plarv_processors"
+        if not allowed and not (found_by_entry_point and module.split(".")[0] == "importlib"):
+            return f"imports {module}"
+    if isinstance(node, ast.Global):
+        return f"changes the global {', '.join(node.names)}"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id in FORBIDDEN_CALLS:
+            return f"calls {node.func.id}"
+        if node.func.id == "sum":
+            return "calls sum, whose floats add up differently from Python 3.12 on"
+        if node.func.id == "hash":
+            return "calls hash, which for text differs from process to process"
+    if isinstance(node, (ast.For, ast.comprehension)) and _is_a_set(node.iter):
+        return "takes an order from a set"
+    return ""
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+        yield node.module or "."
+
+
+def _is_a_set(node: ast.expr) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in ("set", "frozenset")
+    return isinstance(node, (ast.Set, ast.SetComp))
+
+
+def test_the_modules_of_the_fold_are_found() -> None:
+    names = {path.relative_to(PROCESSORS).as_posix() for path in PURE}
+    assert {"windows.py", "snapshot.py", "detectors/loss_spike.py"} <= names
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: path.relative_to(PROCESSORS).as_posix())
+def test_a_module_of_the_fold_is_pure(path: Path) -> None:
+    name = path.relative_to(PROCESSORS).as_posix()
+    assert impurities(path.read_text(encoding="utf-8"), name in MAY_FIND_ENTRY_POINTS) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import time", "1: imports time"),
+        ("from os import path", "1: imports os"),
+        ("def f():\n    import numpy.linalg", "2: imports numpy.linalg"),
+        ("from plarv_schemas import journal_reader", "1: imports plarv_schemas"),
+        ("def f():\n    global x\n    x = 1", "2: changes the global x"),
+        ("x = open('f')", "1: calls open"),
+        ("x = sum([0.1, 0.2])", "1: calls sum, whose floats add up differently from Python 3.12 on"),
+        ("x = hash('a')", "1: calls hash, which for text differs from process to process"),
+        ("for x in {1, 2}:\n    pass", "1: takes an order from a set"),
+        ("x = [y for y in set(z)]", "0: takes an order from a set"),
+    ],
+)
+def test_an_impurity_is_seen(source: str, expected: str) -> None:
+    assert impurities(source) == [expected]
+
+
+def test_pure_code_passes() -> None:
+    source = "import math\nfrom plarv_schemas.events import Verdict\nx = sorted({1, 2})\n"
+    assert impurities(source + "for y in sorted(set(x)):\n    math.fsum([y])\n") == []
