@@ -33,8 +33,8 @@ check: $(for_dev)
 	$(python) -m ruff format --check
 	$(python) -m ruff check
 	$(python) -m mypy
-	.venv/bin/basedpyright
-	.venv/bin/lint-imports
+	$(python) -m basedpyright
+	$(python) -c 'from importlinter.cli import lint_imports_command as run; run()'
 	$(MAKE) test
 
 format: $(for_dev)

@@ -5,6 +5,9 @@
 pip brings uv into the environment and uv does the rest. What pip is told about indexes, by its
 environment variables or its files, uv is told too, where uv was not told otherwise.
 
+The `dev` environment also gets, for each other Python found (on PATH or with pyenv), a bare
+one with pytest alone, in which the SDK's tests run.
+
 torch: a machine without an NVIDIA GPU takes the CPU build (0.2 GB) from torch's own index where
 that index answers within 5 s, else the default build (4.5 GB on Linux), which runs there as well. A
 GPU machine takes the default build. `UV_TORCH_BACKEND` (cpu, cu128, ...), if set, decides instead.
@@ -21,13 +24,15 @@ import sys
 import time
 import venv
 from pathlib import Path
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / "bin" / "python"
+UV = [str(PYTHON), "-m", "uv"]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 PROBE_LIMIT_S = 5.0
+OTHER_PYTHONS = ("3.8", "3.9", "3.10", "3.12", "3.13")
 
 # pip's setting -> the variable that tells uv the same.
 UV_VARIABLES = {
@@ -50,7 +55,10 @@ def main(arguments: List[str]) -> int:
     started = time.monotonic()
     try:
         make_environment()
-        install(extra)
+        environment = {**os.environ, **uv_settings(pip_settings(), os.environ)}
+        install(extra, environment)
+        if extra == "dev":
+            make_bare_environments(environment)
     except subprocess.CalledProcessError as error:
         say(f"the set-up stopped: {' '.join(map(str, error.cmd))} failed (see above)")
         return error.returncode or 1
@@ -68,11 +76,9 @@ def make_environment() -> None:
         subprocess.run([*pip, "install", "--quiet", "uv"], check=True)
 
 
-def install(extra: str) -> None:
+def install(extra: str, environment: Mapping[str, str]) -> None:
     """Argus, editable, with `extra`; the CPU build of torch first, where that is to be had."""
-    environment = {**os.environ, **uv_settings(pip_settings(), os.environ)}
-    command = [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON)]
-    command += ["--editable", f"{ROOT}[{extra}]"]
+    command = [*UV, "pip", "install", "--python", str(PYTHON), "--editable", f"{ROOT}[{extra}]"]
     if wants_cpu_torch():
         say("installing, with the CPU build of torch")
         cpu = [*command, "--torch-backend", "cpu"]
@@ -83,8 +89,36 @@ def install(extra: str) -> None:
     subprocess.run(command, env=environment, check=True)
 
 
+def make_bare_environments(environment: Mapping[str, str]) -> None:
+    """`.venv/pythons/3.8` and so on, with pytest alone; what cannot be had is left out and said."""
+    for version in OTHER_PYTHONS:
+        interpreter = find_python(version)
+        bare = ENVIRONMENT / "pythons" / version
+        shutil.rmtree(bare, ignore_errors=True)
+        if interpreter is None:
+            continue
+        commands = (
+            [*UV, "venv", "--quiet", "--no-project", "--python", interpreter, str(bare)],
+            [*UV, "pip", "install", "--quiet", "--python", str(bare), "pytest"],
+        )
+        if any(subprocess.run(each, env=environment, check=False).returncode for each in commands):
+            say(f"no tests on Python {version}: its environment could not be made")
+            shutil.rmtree(bare, ignore_errors=True)
+
+
+def find_python(version: str) -> Optional[str]:
+    """An interpreter of that minor version that runs, from PATH or from pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [shutil.which(f"python{version}")]
+    found += sorted(map(str, pyenv.glob(f"versions/{version}.*/bin/python")), reverse=True)
+    for candidate in found:
+        if candidate and runs("-c", "import sys", python=candidate):
+            return candidate
+    return None
+
+
 def wants_cpu_torch() -> bool:
-    """Whether this is a Linux machine without a GPU, not decided otherwise, and the index answers."""
+    """Whether this is Linux without a GPU, nothing else was decided, and the CPU index answers."""
     if "UV_TORCH_BACKEND" in os.environ or platform.system() != "Linux":
         return False
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
@@ -103,7 +137,7 @@ def wants_cpu_torch() -> bool:
 
 
 def pip_settings() -> Dict[str, str]:
-    """pip's settings by name; a variable stands above `[install]`, and that above `[global]`."""
+    """Settings of pip by name; a variable stands above `[install]`, and that above `[global]`."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "config", "list"]
     listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
     settings: Dict[str, str] = {}
@@ -129,10 +163,10 @@ def uv_settings(settings: Mapping[str, str], environment: Mapping[str, str]) -> 
     return told
 
 
-def runs(*arguments: str) -> bool:
-    """Whether the environment's Python runs `arguments` and exits 0."""
+def runs(*arguments: str, python: str = str(PYTHON)) -> bool:
+    """Whether that Python (the environment's, unless told) runs `arguments` and exits 0."""
     try:
-        command = [str(PYTHON), *arguments]
+        command = [python, *arguments]
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
     except OSError:
         return False

@@ -13,37 +13,39 @@ from typing import Iterator, List
 import pytest
 
 PROCESSORS = Path(__file__).parents[1] / "processors" / "plarv_processors"
-SHELLS = ("app.py", "serve.py")
+SHELLS = ("app.py", "serve.py", "stored_fold.py")
 PURE = [path for path in sorted(PROCESSORS.rglob("*.py")) if path.name not in SHELLS]
 
 ALLOWED_IMPORTS = frozenset(
     [
         "__future__", "abc", "array", "bisect", "collections", "dataclasses", "enum", "functools",
-        "hashlib", "heapq", "itertools", "math", "operator", "struct", "typing",
+        "hashlib", "heapq", "itertools", "math", "operator", "struct", "typing", "zlib",
         "plarv_schemas.events", "plarv_schemas.versions",
     ]
 )  # fmt: skip
 FORBIDDEN_CALLS = frozenset(
     ["__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"]
 )
-# Finding the entry points of other packages reads their metadata: once, when a fold is set up.
-MAY_FIND_ENTRY_POINTS = frozenset(["detectors/__init__.py", "detectors/registry.py"])
+# Finding other packages' detectors reads their metadata: once, when a fold is set up.
+REGISTRY = "detectors/__init__.py"
+REGISTRY_IMPORTS = frozenset(["importlib", "warnings"])
 
 
-def impurities(source: str, found_by_entry_point: bool = False) -> List[str]:
-    """What is not pure in `source`, each as `line: what`."""
-    found = []
+def impurities(source: str, also_allowed: frozenset[str] = frozenset()) -> List[str]:
+    """What is not pure in `source`, each as `line: what`; a sum may be marked `# integers`."""
+    lines = ["", *source.splitlines()]
+    found: List[str] = []
     for node in ast.walk(ast.parse(source)):
-        what = _impurity(node, found_by_entry_point)
-        if what:
-            found.append(f"{getattr(node, 'lineno', 0)}: {what}")
+        line = getattr(node, "lineno", 0)
+        what = _impurity(node, ALLOWED_IMPORTS | also_allowed)
+        if what and not (what.startswith("calls sum") and lines[line].endswith("# integers")):
+            found.append(f"{line}: {what}")
     return found
 
 
-def _impurity(node: ast.AST, found_by_entry_point: bool) -> str:
+def _impurity(node: ast.AST, allowed: frozenset[str]) -> str:
     for module in _imported(node):
-        allowed = module in ALLOWED_IMPORTS or module.split(".")[0] == "plarv_processors"
-        if not allowed and not (found_by_entry_point and module.split(".")[0] == "importlib"):
+        if module not in allowed and module.split(".")[0] not in allowed | {"plarv_processors"}:
             return f"imports {module}"
     if isinstance(node, ast.Global):
         return f"changes the global {', '.join(node.names)}"
@@ -81,7 +83,9 @@ def test_the_modules_of_the_fold_are_found() -> None:
 @pytest.mark.parametrize("path", PURE, ids=lambda path: path.relative_to(PROCESSORS).as_posix())
 def test_a_module_of_the_fold_is_pure(path: Path) -> None:
     name = path.relative_to(PROCESSORS).as_posix()
-    assert impurities(path.read_text(encoding="utf-8"), name in MAY_FIND_ENTRY_POINTS) == []
+    source = path.read_text(encoding="utf-8")
+    found = impurities(source, REGISTRY_IMPORTS) if name == REGISTRY else impurities(source)
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,10 @@ def test_a_module_of_the_fold_is_pure(path: Path) -> None:
         ("from plarv_schemas import journal_reader", "1: imports plarv_schemas"),
         ("def f():\n    global x\n    x = 1", "2: changes the global x"),
         ("x = open('f')", "1: calls open"),
-        ("x = sum([0.1, 0.2])", "1: calls sum, whose floats add up differently from Python 3.12 on"),
+        (
+            "x = sum([0.1, 0.2])",
+            "1: calls sum, whose floats add up differently from Python 3.12 on",
+        ),
         ("x = hash('a')", "1: calls hash, which for text differs from process to process"),
         ("for x in {1, 2}:\n    pass", "1: takes an order from a set"),
         ("x = [y for y in set(z)]", "0: takes an order from a set"),
@@ -105,4 +112,5 @@ def test_an_impurity_is_seen(source: str, expected: str) -> None:
 
 def test_pure_code_passes() -> None:
     source = "import math\nfrom plarv_schemas.events import Verdict\nx = sorted({1, 2})\n"
-    assert impurities(source + "for y in sorted(set(x)):\n    math.fsum([y])\n") == []
+    source += "for y in sorted(set(x)):\n    math.fsum([y])\nz = sum([1, 2])  # integers\n"
+    assert impurities(source) == []

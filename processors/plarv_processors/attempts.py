@@ -60,6 +60,11 @@ class Attempts:
         ]
         return tuple((name, first) for _, name, first in sorted(ranks))
 
+    def of(self, session: str) -> int:
+        """The attempt that the session's last event belongs to; 0: a session not seen, or forgotten."""
+        known = self._sessions.get(session)
+        return 0 if known is None else known[_ATTEMPT]
+
     def _enter(self, event: Event) -> List[int]:
         """A session's first event."""
         rank = -1 if event.rank is None else event.rank

@@ -88,7 +88,7 @@ def _join(ranks: Dict[int, Tuple[Any, ...]]) -> StepEvent:
     times = [row[_STEP_TIME] for row in rows if row[_STEP_TIME] is not None]
     fields[_STEP_TIME] = max(times) if times else None
     sizes = [row[_BATCH] for row in rows if row[_BATCH] is not None]
-    fields[_BATCH] = sum(sizes) if sizes else None
+    fields[_BATCH] = sum(sizes) if sizes else None  # integers
     fields[_LEVELS] = _worst([row[_LEVELS] for row in rows if row[_LEVELS]])
     fields[_SCORES] = _worst([row[_SCORES] for row in rows if row[_SCORES]])
     layers = [name for row in rows for name in row[_LAYERS] or ()]

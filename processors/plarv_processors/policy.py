@@ -175,6 +175,8 @@ class Policy:
             self._paused = order == "pause" or (self._paused and order != "resume")
             who = str(event.data.get("operator", "an operator"))
             parameters: Dict[str, Any] = {"operator": who, "order": order}
+            if self.mode != "AUTO" and not self.accept_operator:
+                parameters["dry_run"] = True
             self._add_apply_step(parameters, step)
             return (
                 Action(

@@ -7,9 +7,10 @@ stay in a running statistic for good.
 from __future__ import annotations
 
 from array import array
-from typing import List
+from bisect import bisect_left, bisect_right
+from typing import List, Sequence
 
-__all__ = ["RobustWindow", "median"]
+__all__ = ["RobustWindow", "kendall_s", "kendall_thresholds", "median"]
 
 
 def median(ordered: List[float]) -> float:
@@ -96,3 +97,45 @@ class RobustWindow:
         """The numbers in the window, oldest first."""
         values = self._values.tolist()
         return values[self._next :] + values[: self._next]
+
+
+def kendall_s(values: Sequence[float]) -> int:
+    """Mann-Kendall's S: pairs that rise minus pairs that fall, over all pairs in order of time.
+
+    >>> kendall_s([1.0, 2.0, 3.0, 2.5]), kendall_s([3.0, 1.0]), kendall_s([1.0, 1.0])
+    (4, -1, 0)
+    """
+    before: List[float] = []
+    s = 0
+    for value in values:
+        above = bisect_right(before, value)
+        s += bisect_left(before, value) - (len(before) - above)
+        before.insert(above, value)
+    return s
+
+
+def kendall_thresholds(most: int, p: float) -> "array[int]":
+    """For 0 to ``most`` values the smallest S that noise reaches with a chance below ``p``.
+
+    Exact, one-sided, from the number of permutations with so many inversions; where no S is that
+    rare it is out of reach. Time: O(most^3), for construction.
+
+    >>> list(kendall_thresholds(6, 0.01))
+    [1, 2, 3, 5, 8, 10, 13]
+    """
+    thresholds = array("h", [1])
+    counts = [1]  # of permutations of n values with i falling pairs
+    orders = 1  # n!
+    for n in range(1, most + 1):
+        orders *= n
+        pairs = n * (n - 1) // 2
+        # The n-th value adds 0 to n - 1 of them. Whole numbers, so the sum is exact.
+        counts = [sum(counts[max(0, i - n + 1) : i + 1]) for i in range(pairs + 1)]
+        tail, falling = 0, 0
+        while falling <= pairs:
+            tail += counts[falling]
+            if tail >= p * orders:
+                break
+            falling += 1
+        thresholds.append(pairs - 2 * falling + 2)
+    return thresholds

@@ -35,6 +35,7 @@ __all__ = ["SegmentFile", "SessionReader", "segments_of"]
 
 _NAME = re.compile(r"^(operator|r\d{5,})-([0-9a-f]{16})-(\d{6,})\.journal$")
 _CHUNK = 256 * 1024
+_PEEK = 8 * 1024  # 146 core records: enough for a reader that keeps up
 _FLOAT32 = struct.Struct("<f")
 
 
@@ -70,7 +71,7 @@ class SessionReader:
 
     __slots__ = (
         "folder", "rank", "session", "segment", "offset", "record", "header", "skipped",
-        "_previous_clock", "_previous_step", "_descriptor",
+        "_previous_clock", "_previous_step", "_descriptor", "_size",
     )  # fmt: skip
 
     def __init__(self, folder: Path, rank: int, session: str, segment: int = 0) -> None:
@@ -82,6 +83,7 @@ class SessionReader:
         self.skipped = 0
         self._previous_clock = self._previous_step = NO_STEP
         self._descriptor = -1
+        self._size = 0  # of the segment's file
 
     def position(self) -> Tuple[int, int, int, int, int]:
         """Where reading stands: what :meth:`seek` takes."""
@@ -90,9 +92,11 @@ class SessionReader:
     def seek(self, position: Tuple[int, int, int, int, int]) -> None:
         """Goes on where an earlier reader stood."""
         self.close()
-        self.segment, offset, self.record, self._previous_clock, self._previous_step = position
+        self.segment, offset, record, clock, step = position
+        self.offset = 0
         if offset and self._open():
             self.offset = offset
+        self.record, self._previous_clock, self._previous_step = record, clock, step
 
     def read(self, limit: int = 1 << 30) -> List[Event]:
         """Up to ``limit`` events that are complete by now, in order; an empty list: none more yet.
@@ -102,7 +106,9 @@ class SessionReader:
         events: List[Event] = []
         while len(events) < limit:
             # Looked at before the rest is read: once the next segment has begun, this one is whole.
-            whole = self._has_begun(self.segment + 1)
+            # It begins when a record found no room here, so far from the end there is none.
+            near_end = self._size - self.offset <= MAX_RECORD_BYTES
+            whole = near_end and self._has_begun(self.segment + 1)
             if self.offset or self._open():
                 self._read_segment(events, limit, whole)
             if len(events) >= limit or not whole:
@@ -143,7 +149,9 @@ class SessionReader:
                 return False
         found = SegmentHeader.unpack(os.pread(self._descriptor, 4096, 0))
         if found is None:
+            self._size = 0
             return False
+        self._size = os.fstat(self._descriptor).st_size
         self.header, self.offset = found
         if self.record < self.header.first_record:
             self.record = self.header.first_record
@@ -152,10 +160,12 @@ class SessionReader:
         return True
 
     def _read_segment(self, events: List[Event], limit: int, whole: bool) -> None:
+        size = _PEEK
         while len(events) < limit:
-            data = os.pread(self._descriptor, _CHUNK, self.offset)
+            data = os.pread(self._descriptor, size, self.offset)
             used = self._parse(data, events, limit)
-            if used == 0 and len(data) == _CHUNK and _size_at(data, 0) > _CHUNK:
+            size = _CHUNK
+            if used == 0 and len(data) >= 4 and _size_at(data, 0) > len(data):
                 data = os.pread(self._descriptor, MAX_RECORD_BYTES + _CHUNK, self.offset)
                 used = self._parse(data, events, limit)
             self.offset += used

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Deque, Mapping, Optional, Tuple
 
 from plarv_schemas.journal import (
+    CORE,
     CORE_STRUCT,
     MAX_RECORD_BYTES,
     NO_STEP,
@@ -106,6 +107,7 @@ class JournalWriter:
         if self._closed or not self._spares:
             return False
         number, buffer = self._spares.popleft()
+        self._remember_last()
         header = SegmentHeader(
             self.run_id,
             self.session,
@@ -182,6 +184,15 @@ class JournalWriter:
                 os.unlink(self.folder / segment_name(self.rank, self.session, number))
             except OSError:
                 pass  # gone already
+
+    def _remember_last(self) -> None:
+        """Clock and step of the last record, where the hot path wrote it: it keeps no such notes."""
+        at = self.position - CORE_STRUCT.size
+        if self.segment < 0 or at < 0:
+            return
+        size, kind, _, _, clock_ns, step, _, _, _, number = CORE_STRUCT.unpack_from(self.buffer, at)
+        if size == CORE_STRUCT.size and kind == CORE and number == self.record:
+            self.last_clock_ns, self.last_step = clock_ns, step
 
     def _write(self, packed: bytes) -> bool:
         size = len(packed)

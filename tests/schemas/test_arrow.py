@@ -1,5 +1,7 @@
 """The Arrow codec: encode then decode is the identity, and strangers are turned away in words."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import struct
@@ -142,7 +144,7 @@ def event(step: int = 0, **columns: Any) -> StepEvent:
 @pytest.mark.parametrize(
     ("table", "events", "encode", "decode"), CODECS, ids=[each[0] for each in CODECS]
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_encoding_then_decoding_gives_back_every_bit(
     table: str, events: Strategy, encode: Any, decode: Any, data: st.DataObject

@@ -19,19 +19,21 @@ _CRITICAL = LEVELS.index("critical")
 class GradientCollapse:
     """Fires when training goes on without a gradient.
 
-    *vanished* (critical; warn without a loss): the gradient norm is below ``ratio`` times its rolling
-    median for ``patience`` points, or for ``sparse_points`` points over ``sparse_steps`` steps, while
-    the learning rate is not 0 and the loss has not converged. Converged is a loss that fell to
-    ``solved_share`` of its first level, or one that lies on its best level without any noise; batches
-    that differ in loss and not in gradient are no convergence. The window (one gradient in ``thin``
-    once it is full) takes no gradient while one is that low.
+    *vanished* (critical; warn without a loss): the gradient norm is below ``ratio`` times its
+    rolling median for ``patience`` points, or for ``sparse_points`` points over ``sparse_steps``
+    steps, while the learning rate is not 0 and the loss has not converged. Converged is a loss that
+    fell to ``solved_share`` of its first level, or one that lies on its best level without any
+    noise; batches that differ in loss and not in gradient are no convergence. The window (one
+    gradient in ``thin`` once it is full) takes no gradient while one is that low.
 
-    *blocked_layers* (warn): the local checks of activations and of gradient flow are both critical in
-    ``local_reports`` reports in a row; critical when the norm is below ``local_ratio`` of its median too.
+    *blocked_layers* (warn): the local checks of activations and of gradient flow are both critical
+    in ``local_reports`` reports in a row; critical when the norm is below ``local_ratio`` of its
+    median too.
 
-    A norm of exactly 0.0 from the start was not computed; later it counts as low, unless the loss is
-    0.0 too (a policy step without advantage) or such runs of zeros have come and gone before: it
-    must then outlast the longest ``outlast`` times. An exact repeat is a skipped step's stale value.
+    A norm of exactly 0.0 from the start was not computed; later it counts as low, unless the loss
+    is 0.0 too (a policy step without advantage) or such runs of zeros have come and gone before: it
+    must then outlast the longest ``outlast`` times. An exact repeat of a normal norm is a skipped
+    step's stale value and is not read.
 
     Cost: O(1) a step, 80 doubles. Source: AutoTrainer's and SageMaker Debugger's vanishing-gradient
     rules made relative; no healthy public run's norm falls below 0.013 of its highest median.
@@ -142,8 +144,6 @@ class GradientCollapse:
     def _note_low(self, event: StepEvent, grad: float) -> Tuple[Verdict, ...]:
         """One more gradient that is next to nothing."""
         config = self.config
-        if grad > 0.0 and grad == self._last:
-            return ()
         self._last = grad
         if event.current_lr == 0.0 or (grad == 0.0 and event.loss == 0.0):
             return ()
@@ -216,7 +216,8 @@ class GradientCollapse:
         if losses.count < self.config.loss_window:
             return
         if self._first is None:
-            self._first = self._best = losses.median
+            self._best = losses.median
+            self._first = max(losses.median, losses.ordered()[0])
         elif losses.median < self._best:
             self._best = losses.median
 

@@ -1,4 +1,4 @@
-"""A gradient that explodes: with the loss it is an instability, alone it is only worth a warning."""
+"""A gradient that explodes: with the loss it is an instability, alone only worth a warning."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class GradientExplosion:
       so that one bad batch, which lifts both for one step, confirms nothing, or
     - the local gradient check turned critical with it.
 
+    A loss below ``solved_share`` of the run's first one supports nothing: there is nothing to lose.
     Together with a loss that proves it a jump of ``joint_z`` is enough: early gradients are widely
-    spread. In the first ``min_history`` points only ``early_ratio`` with ``early_loss_ratio`` counts.
+    spread. In the first ``min_history`` points only ``early_ratio`` with ``early_loss_ratio``
+    counts.
 
-    The gradient often leads the loss (BLOOM-176B: by four steps), so the warning stays open, and both
-    windows frozen, for ``calm_window`` points. A norm of 0.0 was not computed, and an exact repeat
-    is the stale value of a skipped step: neither is read. When the logging interval grows by more
-    than ``gap_factor`` the past says nothing about the next point and starts anew.
+    The gradient often leads the loss (BLOOM-176B: by four steps), so the warning stays open, and
+    both windows frozen, for ``calm_window`` points. A norm of 0.0 was not computed, and an exact
+    repeat is the stale value of a skipped step: neither is read. When the logging interval grows by
+    more than ``gap_factor`` the past says nothing about the next point and starts anew.
 
     Cost: O(1) a step on average, 96 doubles. Source: ZClip's and AdaGC's norms against their own
     past; the confirmation is ours, from 68 public runs with gradients.
@@ -44,7 +46,8 @@ class GradientExplosion:
     >>> for step in range(60):
     ...     grad = 1.0 + 0.01 * (step % 7) if step < 50 else 5.0 ** (step - 48)
     ...     loss = 2.0 + 0.01 * (step % 5) if step < 54 else 9.0
-    ...     for found in detector.update(StepEvent("r", "s", step, 0, step, loss=loss, grad_norm=grad)):
+    ...     event = StepEvent("r", "s", step, 0, step, loss=loss, grad_norm=grad)
+    ...     for found in detector.update(event):
     ...         print(found.step, found.kind, found.level, found.state)
     50 gradient_only warn opened
     54 confirmed critical escalated
@@ -63,12 +66,17 @@ class GradientExplosion:
         early_history: int = 5  # gradients before the early rule may fire; 5 runs died by step 11
         jump_z: float = 12.0  # robust standard deviations
         jump_ratio: float = 8.0  # times the median
-        joint_z: float = 4.0  # instead of jump_z when the loss proves it; criteo's scale is 0.8 nats
-        early_ratio: float = 30.0  # times the median; healthy runs reach 7.9 in their first 20 points
+        joint_z: float = (
+            4.0  # instead of jump_z when the loss proves it; criteo's scale is 0.8 nats
+        )
+        early_ratio: float = (
+            30.0  # times the median; healthy runs reach 7.9 in their first 20 points
+        )
         early_loss_ratio: float = 10.0  # times the median loss, with early_ratio
         proof_ratio: float = 2.0  # times the median loss; the worst bad batch of 15 GPT runs: 1.5
         proof_z: float = 8.0  # and that many robust standard deviations
         loss_z: float = 3.0  # the loss is high
+        solved_share: float = 0.01  # of the first loss; jumps below it (1e-8 -> 1e-6) prove nothing
         loss_ratio: float = 1.05  # and that many times its median
         confirm_high: int = 2  # points where gradient and loss are high
         high_z: float = 3.0  # the gradient is still high
@@ -90,6 +98,8 @@ class GradientExplosion:
                 raise ValueError("a jump must ask for more than staying high: *_z")
             if not (self.early_ratio >= self.jump_ratio >= self.high_ratio > 1):
                 raise ValueError("a jump must ask for more than staying high: *_ratio")
+            if not 0 <= self.solved_share < 1:
+                raise ValueError("solved_share must be in [0, 1)")
             if not (self.proof_ratio >= self.loss_ratio > 1 and self.proof_z >= self.loss_z > 0):
                 raise ValueError("a proof must ask for more than a high loss: proof_* >= loss_*")
             if min(self.confirm_high, self.sustained_after, self.calm_window, self.gap_factor) < 1:
@@ -99,8 +109,8 @@ class GradientExplosion:
 
     _derived = ("_log_ratio",)
     __slots__ = (
-        "config", "version", "_log_ratio", "_grads", "_losses", "_log", "_last", "_step", "_stride",
-        "_gaps", "_flow", "_kind", "_onset", "_z", "_watched", "_high", "_calm", "_support",
+        "config", "version", "_log_ratio", "_grads", "_losses", "_first", "_log", "_last", "_step",
+        "_stride", "_gaps", "_flow", "_kind", "_onset", "_z", "_watched", "_high", "_calm", "_support",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -109,6 +119,7 @@ class GradientExplosion:
         self._log_ratio = math.log(self.config.jump_ratio)
         self._grads = RobustWindow(self.config.window, refresh=16)
         self._losses = RobustWindow(self.config.loss_window, refresh=16)
+        self._first = 0.0  # loss
         self._log = True  # whether all losses so far were positive
         self._last = 0.0  # gradient, to know a repeat
         self._step = 0  # of that gradient
@@ -148,6 +159,8 @@ class GradientExplosion:
         if loss is not None and loss - loss == 0.0:
             if self._log:
                 if loss > 0.0:
+                    if self._first == 0.0:
+                        self._first = loss
                     self._losses.push(math.log(loss))
                     if event.local_levels is None:
                         return ()
@@ -176,7 +189,9 @@ class GradientExplosion:
         self._watched = self._high = self._calm = 0
         self._support = int(self._loss_is_high(event.loss))
         early = self._grads.count < self.config.min_history
-        proven = early or self._loss_proves(event.loss) or (_flow_critical(event) and not self._flow)
+        proven = (
+            early or self._loss_proves(event.loss) or (_flow_critical(event) and not self._flow)
+        )
         self._kind = "confirmed" if proven else "gradient_only"
         return (self._verdict(event, "critical" if proven else "warn", "opened"),)
 
@@ -219,14 +234,14 @@ class GradientExplosion:
         return (resolved,)
 
     def _loss_rise(self, loss: Optional[float]) -> Tuple[float, float]:
-        """How far the loss is above its median, and that in robust standard deviations; else 0, 0."""
+        """How far the loss is above its median, and that in robust standard deviations."""
         losses = self._losses
         if loss is None or loss - loss != 0.0 or losses.count < self.config.early_history:
             return 0.0, 0.0
         if not self._log:
             rise = loss - losses.median
             floor = self.config.raw_floor * (losses.high - losses.low)
-        elif loss > 0.0:
+        elif loss > self.config.solved_share * self._first:
             rise = math.log(loss) - losses.median
             floor = self.config.loss_floor
         else:
@@ -287,8 +302,8 @@ class GradientExplosion:
         what = {
             "opened": f"gradient norm {grad:.4g} is {grad / median:.3g} times its median "
             f"{median:.4g}{loss_text}",
-            "escalated": f"gradient norm {grad:.4g}, median before {median:.4g}, high at {self._high} "
-            f"of {self._watched} points since step {self._onset}{loss_text}",
+            "escalated": f"gradient norm {grad:.4g}, median before {median:.4g}, high at "
+            f"{self._high} of {self._watched} points since step {self._onset}{loss_text}",
             "resolved": f"gradient norm {grad:.4g}, the explosion of step {self._onset} is over",
         }[state]
         return verdict(

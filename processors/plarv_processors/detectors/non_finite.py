@@ -96,71 +96,71 @@ class NonFinite:
             if not (self.overflow_z > 0.0 and self.deviation_floor > 0.0):
                 raise ValueError("overflow_z and deviation_floor must be positive")
 
-    __slots__ = ("config", "version", "_ranks")
+    __slots__ = ("config", "version", "_ranks", "_loss_rise", "_grad_rise", "_max_rise")
+    _derived = ("_loss_rise", "_grad_rise", "_max_rise")  # from the config, so in no snapshot
 
     def __init__(self, config: Optional[Config] = None) -> None:
         self.config = config or self.Config()
         self.version = fingerprint(self.name, self.config)
         self._ranks: Dict[int, "array[float]"] = {}
+        self._loss_rise = math.log(self.config.overflow_loss_rise)
+        self._grad_rise = math.log(self.config.overflow_rise)
+        self._max_rise = math.log(self.config.overflow_max_rise)
 
     def update(self, event: StepEvent) -> Tuple[Verdict, ...]:
         """The verdicts of this event; see the class."""
         loss, grad, scale = event.loss, event.grad_norm, event.loss_scale
         state = self._ranks.get(event.rank)
         if state is None:
-            state = self._ranks[event.rank] = array("d", bytes(8 * _WIDTH))
+            if loss is None and grad is None:
+                return ()
+            state = self._ranks[event.rank] = _fresh()
         if loss is not None and loss - loss != 0.0:
             return self._lost(event, state, _LOSS)
-        if (grad is not None and grad - grad != 0.0) or (
-            scale is not None and scale < state[_SCALE]
-        ):
-            return self._skipped(event, state, loss, grad, scale)
-        if grad is None:
-            if loss is None:
-                return ()
-        else:
-            state[_SETTLED] = 1.0
-        if scale is not None:
+        if grad is not None and grad - grad != 0.0:
+            return self._skipped(event, state)
+        if scale is not None and scale - scale == 0.0:
+            if scale < state[_SCALE]:
+                return self._skipped(event, state)
             state[_SCALE] = scale
-            state[_SETTLED] = 1.0
-        if state[_SKIPS]:
-            state[_SKIPS] = 0.0
+        elif grad is None and loss is None:
+            return ()
+        state[_SKIPS] = 0.0
         state[_SINCE_SKIP] += 1.0
-        if loss is not None:
-            state[_LOST] = 0.0
-            if grad is not None and grad > 0.0:
-                if loss > 0.0:
-                    return self._watch(event, state, loss, grad)
+        if grad is not None:
+            state[_SETTLED] = 1.0
+            if loss is not None:
+                state[_LOST] = 0.0
+                if loss > 0.0 and grad > 0.0:
+                    return self._watch(event, state, math.log(loss), math.log(grad))
                 if loss == 0.0:
                     state[_ZEROS] = 1.0
-        return self._settle(event, state) if state[_KIND] else ()
+        elif loss is not None:
+            state[_LOST] = 0.0
+        return self._rest(event, state) if state[_KIND] else ()
 
     def _lost(self, event: StepEvent, state: "array[float]", kind: int) -> Tuple[Verdict, ...]:
         """A loss that is not there: NaN, Inf, or 0.0 in its place."""
+        config = self.config
         if state[_LOST] == 0.0:
             state[_LOST_AT] = event.step
         state[_LOST] += 1.0
-        if kind == _MASKED and state[_LOST] < self.config.masked_losses:
+        lost = state[_LOST]
+        limit = config.masked_losses if kind == _MASKED else 1
+        if lost < limit:
             return ()
-        if state[_LOST] >= self.config.dead_losses:
-            kind = _DEAD
-        return self._found(event, state, kind, int(state[_LOST_AT]))
+        if lost >= config.dead_losses:
+            kind, limit = _DEAD, config.dead_losses
+        return self._found(event, state, kind, state[_LOST_AT], lost, limit)
 
-    def _skipped(
-        self,
-        event: StepEvent,
-        state: "array[float]",
-        loss: Optional[float],
-        grad: Optional[float],
-        scale: Optional[float],
-    ) -> Tuple[Verdict, ...]:
-        """A step that a loss scaler skipped, or would have."""
+    def _skipped(self, event: StepEvent, state: "array[float]") -> Tuple[Verdict, ...]:
+        """A step that the loss scaler skipped, or that a scaler would have skipped."""
         config = self.config
-        before = state[_SCALE]
-        halvings = 1.0
+        loss, grad, scale, before = event.loss, event.grad_norm, event.loss_scale, state[_SCALE]
+        skipped = 1.0
         if scale is not None and scale - scale == 0.0:
-            if 0.0 < scale < before:
-                halvings = max(1.0, float(round(math.log2(before / scale))))
+            if 0.0 < scale < before:  # a sparse log shows several halvings at once
+                skipped = max(1.0, float(round(math.log2(before / scale))))
             state[_SCALE] = scale
         if loss is not None:
             if loss == 0.0 and grad is not None and grad - grad != 0.0 and not state[_ZEROS]:
@@ -171,20 +171,176 @@ class NonFinite:
                 state[_LOST] = 0.0
         if state[_SKIPS] == 0.0:
             state[_SKIPS_AT] = event.step
-        sporadic = scale is None and 0.0 < state[_SINCE_SKIP] <= config.sporadic_window
-        first = state[_SKIPS] == 0.0 and not state[_OPEN]
-        state[_SKIPS] += halvings
-        skips = state[_SKIPS]
-        kind = 0
-        if scale is not None and scale < 1.0 <= before:
-            kind = _SCALER
-        elif not state[_SETTLED]:
-            kind = _GRAD if skips >= config.start_skips else 0
-        elif skips >= config.collapse_skips:
-            kind = _SCALER
-        elif skips >= config.scaled_skips or (sporadic and not first) or state[_KIND]:
-            kind = _GRAD
+        state[_SKIPS] += skipped
+        skips, since = state[_SKIPS], state[_SINCE_SKIP]
         state[_SINCE_SKIP] = 0.0
-        if not kind:
+        state[_CALM] = 0.0
+        if scale is not None and scale < 1.0 <= before:
+            return self._found(event, state, _SCALER, state[_SKIPS_AT], before / max(scale, 1e-300), 1)
+        if not state[_SETTLED]:
+            kind, limit = _GRAD, config.start_skips
+        elif skips >= config.collapse_skips:
+            kind, limit = _SCALER, config.collapse_skips
+        elif scale is None and since <= config.sporadic_window:
+            kind, limit = _GRAD, 1
+        else:
+            kind, limit = _GRAD, config.scaled_skips
+        if skips < limit:
             return ()
-        return self._found(event, state, kind, int(state[_SKIPS_AT]))
+        return self._found(event, state, kind, state[_SKIPS_AT], skips, limit)
+
+    def _watch(
+        self, event: StepEvent, state: "array[float]", loss: float, grad: float
+    ) -> Tuple[Verdict, ...]:
+        """Looks for a runaway in the logarithms of loss and gradient norm, or learns from them."""
+        config, seen = self.config, state[_SEEN]
+        rise = grad - state[_GRAD_MEAN]
+        high = loss - state[_LOSS_MEAN] >= self._loss_rise and seen >= 2.0
+        if high and rise >= self._grad_rise:
+            sigmas = rise / max(state[_GRAD_DEV], config.deviation_floor)
+            if (seen >= config.min_history and sigmas >= config.overflow_z) or (
+                loss - state[_LOSS_MAX] >= self._max_rise
+                and grad - state[_GRAD_MAX] >= self._grad_rise
+            ):
+                return self._found(
+                    event, state, _OVERFLOW, event.step, math.exp(rise), config.overflow_rise
+                )
+        if state[_KIND]:
+            if high and state[_KIND] == _OVERFLOW:
+                state[_CALM] = -1.0  # its rest adds one
+            return self._rest(event, state)
+        _learn(state, loss, grad, rise, config.memory, config.deviation_floor)
+        return ()
+
+    def _found(
+        self,
+        event: StepEvent,
+        state: "array[float]",
+        kind: int,
+        onset: float,
+        score: float,
+        threshold: float,
+    ) -> Tuple[Verdict, ...]:
+        """Opens or hardens the verdict; a finding that is no harder than the open one says nothing."""
+        before = state[_KIND]
+        state[_CALM] = 0.0
+        if kind <= before:
+            return ()
+        state[_KIND] = kind
+        if not before:
+            state[_ONSET], state[_OPEN] = onset, 0.0
+        level: Level = "critical" if kind >= _SCALER else "warn"
+        return (
+            self._verdict(
+                event, state, level, "escalated" if before else "opened", score, threshold
+            ),
+        )
+
+    def _rest(self, event: StepEvent, state: "array[float]") -> Tuple[Verdict, ...]:
+        """An event without a finding while a verdict is open."""
+        config = self.config
+        state[_CALM] += 1.0
+        state[_OPEN] += 1.0
+        adopted = state[_KIND] == _OVERFLOW and state[_OPEN] >= config.adopt_after
+        if state[_CALM] < config.calm and not adopted:
+            return ()
+        resolved = self._verdict(event, state, "ok", "resolved", state[_CALM], config.calm)
+        state[_KIND] = 0.0
+        if adopted:
+            state[_SEEN] = 0.0
+        return (resolved,)
+
+    def _verdict(
+        self,
+        event: StepEvent,
+        state: "array[float]",
+        level: Level,
+        verdict_state: VerdictState,
+        score: float,
+        threshold: float,
+    ) -> Verdict:
+        kind, onset = int(state[_KIND]), int(state[_ONSET])
+        evidence = {
+            "lost_in_a_row": state[_LOST],
+            "skipped_in_a_row": state[_SKIPS],
+            "calm": state[_CALM],
+        }
+        if kind == _OVERFLOW and state[_SEEN]:
+            evidence["usual_loss"] = math.exp(state[_LOSS_MEAN])
+            evidence["usual_grad_norm"] = math.exp(state[_GRAD_MEAN])
+            evidence["grad_deviation"] = max(state[_GRAD_DEV], self.config.deviation_floor)
+            evidence["largest_loss"] = math.exp(state[_LOSS_MAX])
+            evidence["largest_grad_norm"] = math.exp(state[_GRAD_MAX])
+        for column in ("loss", "grad_norm", "loss_scale"):
+            value = getattr(event, column)
+            if value is not None:
+                evidence[column] = value
+        if verdict_state == "resolved":
+            message = f"finite and calm for {state[_CALM]:.0f} events after {_KINDS[kind]} at step {onset}"
+        else:
+            message = _message(kind, event, state)
+        return verdict(
+            self,
+            event,
+            kind=_KINDS[kind],
+            level=level,
+            state=verdict_state,
+            onset_step=onset,
+            score=score,
+            threshold=float(threshold),
+            evidence=evidence,
+            message=message,
+            rank=event.rank,
+        )
+
+
+def _fresh() -> "array[float]":
+    state = array("d", bytes(8 * _WIDTH))
+    state[_SINCE_SKIP] = math.inf
+    return state
+
+
+def _learn(
+    state: "array[float]", loss: float, grad: float, rise: float, memory: int, floor: float
+) -> None:
+    """Takes the logarithms of one healthy step into the running means and maxima."""
+    seen = state[_SEEN] + 1.0
+    state[_SEEN] = seen
+    if seen == 1.0:
+        state[_LOSS_MEAN] = state[_LOSS_MAX] = loss
+        state[_GRAD_MEAN] = state[_GRAD_MAX] = grad
+        state[_GRAD_DEV] = 0.0
+        return
+    weight = 1.0 / seen if seen < memory else 1.0 / memory
+    deviation = state[_GRAD_DEV]
+    if seen > 8.0:  # an outlier counts as four deviations
+        limit = 4.0 * (deviation if deviation > floor else floor)
+        rise = limit if rise > limit else (-limit if rise < -limit else rise)
+    state[_GRAD_MEAN] += weight * rise
+    state[_GRAD_DEV] = deviation + weight * (1.2533 * abs(rise) - deviation)
+    state[_LOSS_MEAN] += weight * (loss - state[_LOSS_MEAN])
+    if loss > state[_LOSS_MAX]:
+        state[_LOSS_MAX] = loss
+    if grad > state[_GRAD_MAX]:
+        state[_GRAD_MAX] = grad
+
+
+def _message(kind: int, event: StepEvent, state: "array[float]") -> str:
+    """What was found, in one sentence."""
+    rank, lost, skips = event.rank, state[_LOST], state[_SKIPS]
+    if kind == _OVERFLOW:
+        return (
+            f"loss {event.loss:.4g} and grad_norm {event.grad_norm:.4g} run away on rank {rank} from "
+            f"their usual {math.exp(state[_LOSS_MEAN]):.4g} and {math.exp(state[_GRAD_MEAN]):.4g}: "
+            "an overflow is likely next"
+        )
+    scale = "" if event.loss_scale is None else f", loss scale {event.loss_scale:g}"
+    if kind == _GRAD:
+        return f"grad_norm is {event.grad_norm} on rank {rank}, {skips:.0f} in a row under a finite loss{scale}"
+    if kind == _SCALER:
+        return f"{skips:.0f} steps in a row were skipped on rank {rank}{scale}: the weights stand still"
+    if kind == _MASKED:
+        return f"loss 0.0 with grad_norm {event.grad_norm} on rank {rank}, {lost:.0f} in a row: a masked NaN"
+    if kind == _LOSS:
+        return f"loss is {event.loss} on rank {rank}"
+    return f"loss is not finite on rank {rank} for {lost:.0f} events in a row: the run is dead"

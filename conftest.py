@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis without chance or deadlines, and a house that needs little.
+"""What tests and doctests share: no settings from outside, and a house that needs little.
 
 The SDK's tests also run where nothing but pytest is installed: a test file whose top imports
 something that is not there is left out, and the header says so.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -27,6 +28,20 @@ if "hypothesis" not in MISSING:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+_folders = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each test begins without the developer's `ARGUS_*`, with a place of its own for journals."""
+    for name in [name for name in os.environ if name.startswith("ARGUS_")]:
+        monkeypatch.delenv(name)
+    place = tmp_path_factory.getbasetemp() / f"argus-{next(_folders)}"  # made only if it is used
+    monkeypatch.setenv("ARGUS_DIR", str(place))
+
+
 def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:
     """Leaves out a test file that cannot be imported here; None: nothing to say about it."""
     if not MISSING or collection_path.suffix != ".py":
@@ -40,10 +55,12 @@ def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says which files were left out and why."""
     for name, files in sorted(_left_out.items()):
-        terminalreporter.write_line(f"left out, {name} is not installed: {', '.join(sorted(files))}")
+        terminalreporter.write_line(
+            f"left out, {name} is not installed: {', '.join(sorted(files))}"
+        )
 
 
-def _top_imports(path: Path) -> "frozenset[str]":
+def _top_imports(path: Path) -> frozenset[str]:
     names: List[str] = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):

@@ -1,0 +1,170 @@
+"""Bounded statistics over the samples of batches: which batch was seen, where the margins lie."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from array import array
+from bisect import bisect_left, bisect_right
+from typing import List, Optional, Sequence, Tuple
+
+__all__ = ["BatchMemory", "MarginHeaps", "checksum", "finite", "signed_confidences", "total"]
+
+_KEY_BYTES = 4
+
+
+def checksum(
+    ids: Optional[Sequence[int]], losses: Optional[Sequence[float]], rank: int
+) -> Optional[bytes]:
+    """Four bytes for what ``rank`` was served: ids in order, else the bits of the losses.
+
+    None where that says nothing: fewer than two samples, losses that are all equal (0.0 is common in
+    policy gradients) or not finite. The same on every Python version.
+    """
+    try:
+        if ids:
+            if len(ids) < 2:
+                return None
+            data = struct.pack(f"<{len(ids)}q", *ids)
+        else:
+            if not losses or len(losses) < 2 or total(losses) is None or min(losses) == max(losses):
+                return None
+            data = struct.pack(f"<{len(losses)}d", *losses)
+    except struct.error:  # an id beyond 64 bits
+        return None
+    return zlib.crc32(data, rank).to_bytes(_KEY_BYTES, "little")
+
+
+def total(values: Sequence[float]) -> Optional[float]:
+    """The exactly rounded sum, None where a value or the sum is not finite."""
+    try:
+        result = math.fsum(values)
+    except (OverflowError, ValueError):  # a partial sum beyond a double, or inf - inf
+        return None
+    return result if result - result == 0.0 else None
+
+
+def finite(values: Sequence[float]) -> Sequence[float]:
+    """``values`` without NaN and Inf.
+
+    >>> finite((1.0, math.nan, 2.0))
+    [1.0, 2.0]
+    """
+    return [value for value in values if value - value == 0.0]
+
+
+def signed_confidences(
+    confidences: Optional[Sequence[float]], correct: Optional[Sequence[int]]
+) -> Sequence[float]:
+    """A margin for each sample where only the confidence and whether it was right are known.
+
+    ``2 c - 1`` if right, ``1 - 2 c`` if wrong, 0 up to a confidence of a half, which decides nothing.
+    A NaN stays one.
+
+    >>> signed_confidences((0.9, 0.9, 0.3), (1, 0, 0))
+    [0.8, -0.8, 0.0]
+    """
+    if not confidences or not correct:
+        return ()
+    return [
+        0.0 if c <= 0.5 else (c + c - 1.0 if right else 1.0 - c - c)
+        for c, right in zip(confidences, correct)
+    ]
+
+
+class BatchMemory:
+    """Checksums of the last ``horizon`` batches, and how often one of them comes back.
+
+    Memory: 4 bytes x horizon. Time: one search of these bytes.
+
+    >>> memory = BatchMemory(horizon=8)
+    >>> [memory.add(key, near=1) for key in (b"aaaa", b"bbbb", b"bbbb", b"bbbb", b"aaaa")]
+    [(1, 1), (1, 1), (2, 2), (3, 3), (2, 1)]
+    """
+
+    __slots__ = ("_past", "_bytes", "distinct", "streak", "long")
+
+    def __init__(self, horizon: int) -> None:
+        self._past = b""  # oldest first
+        self._bytes = _KEY_BYTES * horizon
+        self.distinct = 0  # batches that were new when they came
+        self.streak = 0  # in a row
+        self.long = False  # whether the data is known to be longer than the horizon
+
+    def add(self, key: bytes, near: int) -> Tuple[int, int]:
+        """How often ``key`` came within the horizon, now included, and how often in a row.
+
+        It is in a row while it is found again within ``near`` batches.
+        """
+        past = self._past
+        self._past = (past + key)[-self._bytes :]
+        place = _last(past, key, len(past))
+        if place < 0:
+            self.distinct += 1
+            self.streak += 1
+            if self.streak * _KEY_BYTES >= self._bytes:
+                self.long = True
+            return 1, 1
+        self.streak = 0
+        times, in_row, after = 1, 1, len(past)
+        unbroken = True
+        while place >= 0:
+            times += 1
+            unbroken = unbroken and after - place <= near * _KEY_BYTES
+            in_row += unbroken
+            after = place
+            place = _last(past, key, place)
+        return times, in_row
+
+
+def _last(past: bytes, key: bytes, end: int) -> int:
+    """The place of the last whole ``key`` before ``end``, -1 where there is none."""
+    place = past.rfind(key, 0, end)
+    while place > 0 and (len(past) - place) % _KEY_BYTES:  # the end of one key, the start of another
+        place = past.rfind(key, 0, place + _KEY_BYTES - 1)
+    return place
+
+
+class MarginHeaps:
+    """Whether margins form two heaps: the learned samples and the confidently wrong ones.
+
+    With T = half the median positive margin of a pool, ``far`` counts the samples in (-3T, -T] and
+    ``near`` those in (-T, T]: two ranges of the same width. One heap with its peak right of -T gives
+    far <= near, however wide and skewed it is. Counts are decayed by 0.8 a pool.
+
+    >>> heaps = MarginHeaps()
+    >>> for _ in range(5):
+    ...     heaps.add([-2.1, -2.0, -1.9] + [1.8 + 0.01 * i for i in range(40)])
+    >>> heaps.far > 2 * heaps.near, heaps.learned
+    (True, True)
+    """
+
+    __slots__ = ("far", "near", "samples", "learned")
+
+    def __init__(self) -> None:
+        self.far = 0.0
+        self.near = 0.0
+        self.samples = 0.0
+        self.learned = False  # most samples of the last pool are right
+
+    def add(self, ordered: List[float]) -> None:
+        """Takes in the sorted, finite margins of one pool."""
+        size = len(ordered)
+        wrong = bisect_right(ordered, 0.0)
+        self.learned = 2 * wrong < size
+        far = near = 0
+        if self.learned and ordered[0] != ordered[-1]:
+            half = 0.5 * ordered[(wrong + size) // 2]
+            low = bisect_right(ordered, -half)
+            far = low - bisect_right(ordered, -3.0 * half)
+            near = bisect_right(ordered, half) - low
+        self.far = 0.8 * self.far + far
+        self.near = 0.8 * self.near + near
+        self.samples = 0.8 * self.samples + size
+
+    @property
+    def z(self) -> float:
+        """Standard deviations by which the far count exceeds the near one, were both Poisson."""
+        both = self.far + self.near
+        return (self.far - self.near) / math.sqrt(both) if both > 0.0 else 0.0

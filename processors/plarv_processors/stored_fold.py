@@ -1,0 +1,189 @@
+"""The fold of a run's folder: its log in, ``verdicts.jsonl`` and ``actions.jsonl`` out.
+
+The embedded engine, ``argus resume`` and whoever finds a run whose process died use this one. What is
+written is derived from the log, so losing it loses nothing: the log is folded again and records that
+are there already are not written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+from plarv_processors.engine import Engine, EngineConfig
+from plarv_processors.snapshot import pack, unpack
+from plarv_schemas.events import Action, Verdict
+from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
+from plarv_schemas.run_log import RunLog
+
+__all__ = ["Record", "StoredFold", "base_of"]
+
+Record = Union[Verdict, Action]
+
+_SNAPSHOT = "snapshot"  # where the next start goes on
+_BASE = "base"  # where the log begins, once old segments were removed
+
+
+class StoredFold:
+    """Folds what a run's folder holds and goes on as it grows.
+
+    ``writing=True`` needs the run's fold lock (see :func:`lock`): it records the order in which
+    sessions were merged and appends what it finds. It begins at the last snapshot where that fits
+    the engine's configuration, else at the log's beginning.
+    """
+
+    def __init__(
+        self, folder: Path, config: Optional[EngineConfig] = None, *, writing: bool = True
+    ) -> None:
+        self.folder = folder
+        self.engine = Engine(config)
+        self.errors: Dict[str, int] = {}  # what could not be written, and how often
+        self._writing = writing
+        self._log = RunLog(folder, record=writing)
+        self._outputs: Dict[str, IO[bytes]] = {}
+        self._known: Set[str] = set()
+        self._saved_at = -1
+        if writing:
+            self._resume()
+
+    def advance(self, limit: int = 256) -> Tuple[int, List[Record]]:
+        """Folds about ``limit`` events that are there by now: how many there were, and the records.
+
+        No events: the fold has come to the end of what is there.
+        """
+        events = self._log.poll(limit)
+        found: List[Record] = []
+        fold = self.engine.fold
+        for event in events:
+            records = fold(event)
+            if records:
+                found.extend(records)
+        if found and self._writing:
+            found = self._write(found)
+        return len(events), found
+
+    @property
+    def skipped(self) -> int:
+        """Records of the log that could not be read."""
+        return self._log.skipped
+
+    def save(self) -> None:
+        """Writes a snapshot, by which the next start goes on from here."""
+        if self._writing and self._log.settled and self.engine.ordinal != self._saved_at:
+            self._write_state(_SNAPSHOT)
+            self._saved_at = self.engine.ordinal
+
+    def trim(self) -> int:
+        """Removes the segments that are folded, after a snapshot of the fold; the bytes freed."""
+        if not self._writing or not self._log.settled:
+            return 0
+        paths = list(self._log.segments_read())
+        if not paths:
+            return 0
+        self._write_state(_BASE)
+        self._write_state(_SNAPSHOT)
+        freed = 0
+        for path in paths:
+            freed += path.stat().st_size
+            path.unlink()
+        return freed
+
+    def close(self) -> None:
+        """Lets go of all files; the snapshot is the caller's to take."""
+        self._log.close()
+        for file in self._outputs.values():
+            file.close()
+        self._outputs.clear()
+
+    def _resume(self) -> None:
+        for name in (_SNAPSHOT, _BASE):
+            state = _read_state(self.folder / name)
+            if state is None:
+                continue
+            positions, engine = state
+            try:
+                self.engine.restore(engine)
+            except ValueError:
+                self.engine = Engine(self.engine.config)
+                continue
+            self._log.seek(positions)
+            break
+        for name in (VERDICTS_FILE, ACTIONS_FILE):
+            self._known.update(str(record.get("id")) for record in read_lines(self.folder / name))
+
+    def _write(self, found: Sequence[Record]) -> List[Record]:
+        """Appends the records that are not there yet, and gives these back."""
+        new: List[Record] = []
+        for record in found:
+            if self._known and record.id in self._known:
+                self._known.discard(record.id)
+                continue
+            new.append(record)
+            name = VERDICTS_FILE if isinstance(record, Verdict) else ACTIONS_FILE
+            line = json.dumps(record.to_dict(), separators=(",", ":"), allow_nan=False)
+            try:
+                self._output(name).write(line.encode("utf-8") + b"\n")
+            except OSError as error:
+                self._count(error)
+        for file in self._outputs.values():
+            try:
+                file.flush()
+            except OSError as error:
+                self._count(error)
+        return new
+
+    def _output(self, name: str) -> IO[bytes]:
+        if name not in self._outputs:
+            path = self.folder / name
+            torn = path.exists() and _ends_torn(path)
+            self._outputs[name] = open(path, "ab")
+            if torn:
+                self._outputs[name].write(b"\n")
+        return self._outputs[name]
+
+    def _count(self, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
+        self.errors[why] = self.errors.get(why, 0) + 1
+
+    def _write_state(self, name: str) -> None:
+        data = pack((self._log.positions(), self.engine.snapshot()))
+        temporary = self.folder / f"{name}.new"
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, self.folder / name)
+        except OSError as error:
+            self._count(error)
+
+
+def base_of(folder: Path, engine: Engine) -> Optional[int]:
+    """Puts ``engine`` where the folder's log begins; the ordinal of that place, None: at the start.
+
+    An engine of another configuration starts there without a past.
+    """
+    state = _read_state(folder / _BASE)
+    if state is None:
+        return None
+    try:
+        engine.restore(state[1])
+    except ValueError:
+        return -1
+    return engine.ordinal
+
+
+def _read_state(path: Path) -> Optional[Tuple[Dict[str, Tuple[int, ...]], bytes]]:
+    try:
+        positions, engine = unpack(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return None
+    return positions, engine
+
+
+def _ends_torn(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -1,0 +1,62 @@
+"""Argus: a real-time monitor for neural-network training.
+
+>>> from plarv import Argus
+>>> argus = Argus(silent=True)                      # the embedded engine, no account, no network
+>>> argus.step(2.5, grad_norm=1.0).action
+'CONTINUE'
+>>> argus.complete()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plarv.exceptions import (
+    ArgusApiError,
+    ArgusAuthenticationError,
+    ArgusCheckpoint,
+    ArgusConfigurationError,
+    ArgusConnectionError,
+    ArgusError,
+    ArgusHalt,
+    ArgusIntervention,
+    ArgusPause,
+    ArgusRateLimitError,
+    ArgusServerError,
+)
+
+if TYPE_CHECKING:
+    from plarv.client import Argus
+    from plarv.decision import Decision
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Argus",
+    "ArgusApiError",
+    "ArgusAuthenticationError",
+    "ArgusCheckpoint",
+    "ArgusConfigurationError",
+    "ArgusConnectionError",
+    "ArgusError",
+    "ArgusHalt",
+    "ArgusIntervention",
+    "ArgusPause",
+    "ArgusRateLimitError",
+    "ArgusServerError",
+    "Decision",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """``Argus`` and ``Decision``, loaded at first use: importing plarv costs a few milliseconds."""
+    if name == "Argus":
+        from plarv.client import Argus
+
+        return Argus
+    if name == "Decision":
+        from plarv.decision import Decision
+
+        return Decision
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,273 @@
+"""Argus: the object beside the training loop."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Mapping, Optional, Sequence, Type, Union
+
+from plarv import lifecycle, settings
+from plarv.columns import step_number
+from plarv.decision import CONTINUE, Decision
+from plarv.exceptions import ArgusError, ArgusHalt, ArgusIntervention, ArgusPause
+from plarv.parameters import check_arguments
+from plarv.session import Session, open_session
+from plarv_schemas.journal import CORE, CORE_SIZE, CORE_STRUCT, HAS_GRAD_NORM, HAS_LOSS
+
+__all__ = ["Argus"]
+
+_pack_core = CORE_STRUCT.pack_into
+_clock_ns = time.monotonic_ns
+_BOTH = HAS_LOSS | HAS_GRAD_NORM
+
+
+class Argus:
+    """Watches one training run from inside its loop.
+
+    Every ``step()`` is written to a journal under ``ARGUS_DIR`` (``./.argus``); the embedded engine
+    reads it on a thread, and ``step()`` returns the newest decision it has reached. In MANUAL mode
+    Argus only reports. In AUTO mode it lowers the learning rate and raises ``ArgusPause`` or
+    ``ArgusHalt`` out of ``step()``, which raises nothing else. ArgusConfigurationError: a wrong
+    argument. ArgusPause from the constructor: the run was paused and not resumed.
+
+    All arguments are optional; see the README for each. ``ARGUS_DISABLED=1`` makes it do nothing.
+
+    >>> with Argus(silent=True) as argus:
+    ...     decision = argus.step(2.5, grad_norm=1.0)
+    >>> decision.action, decision.harm_pressure
+    ('CONTINUE', 0.0)
+    """
+
+    def __init__(
+        self,
+        api_key: Optional[str] = None,
+        run_id: Optional[str] = None,
+        model: Any = None,
+        optimizer: Any = None,
+        tokenizer: Any = None,
+        mode: Optional[str] = None,
+        sequence_length: Optional[int] = None,
+        vocab_size: Optional[int] = None,
+        num_layers: Optional[int] = None,
+        hidden_dim: Optional[int] = None,
+        dtype: Any = None,
+        checkpoint_dir: Union[str, "Path", None] = None,
+        silent: Optional[bool] = None,
+        fail_open: bool = False,
+        catch_exceptions: bool = True,
+        step0_timeout: float = 12.0,
+        on_pause: Optional[Callable[..., object]] = None,
+        *,
+        url: Optional[str] = None,
+        brokers: Union[str, Sequence[str], None] = None,
+        dataloader: Any = None,
+        total_steps: Optional[int] = None,
+        start_step: int = 0,
+        project: Optional[str] = None,
+        accept_operator: bool = False,
+        scheduler: Any = None,
+        run_key: Optional[str] = None,
+    ) -> None:
+        given = dict(locals())
+        del given["self"]
+        self._catch = catch_exceptions is not False
+        self._next_step = 0
+        self._session: Optional[Session] = None
+        self._writer: Any = lifecycle.CLOSED
+        self._mailbox: Any = lifecycle.NO_MAIL
+        self._lr_group: Mapping[str, Any] = lifecycle.NO_LEARNING_RATE
+        if settings.flag("ARGUS_DISABLED"):
+            return
+        check_arguments(given)
+        self._next_step = int(start_step)
+        session = self._session = open_session(given)
+        if session is None:
+            return
+        self._writer = session.writer
+        self._mailbox = session.mailbox
+        self._lr_group = session.learning_rate_group()
+        lifecycle.watch(self)
+
+    def step(
+        self,
+        loss: Any,
+        grad_norm: Any = None,
+        *,
+        step: Optional[int] = None,
+        local_report: Any = None,
+        perplexity: Any = None,
+        sample_ids: Any = None,
+        sample_losses: Any = None,
+        sample_confidences: Any = None,
+        sample_margins: Any = None,
+        sample_entropies: Any = None,
+        sample_correct: Any = None,
+        forward_ms: Any = None,
+        backward_ms: Any = None,
+        grad_l1_norm: Any = None,
+        grad_l2_norm: Any = None,
+        epoch: Any = None,
+        update_norm: Any = None,
+        val_loss: Any = None,
+        current_lr: Any = None,
+        batch_size: Any = None,
+        loss_scale: Any = None,
+    ) -> Decision:
+        """Reports one optimizer step; returns the newest decision that the engine has reached.
+
+        ``loss`` is a number, a numpy scalar or a tensor with one element, on any device; it is never
+        waited for. Steps count from ``start_step`` where ``step`` is not given. ``grad_norm`` is the
+        L2 norm before clipping; left out, it is measured where a model is known. Timings are in
+        milliseconds, ``sample_*`` hold one value a sample.
+
+        Raises ArgusPause and ArgusHalt, where opted in; nothing else unless
+        ``catch_exceptions=False``. Bad values are left out and counted.
+        """
+        # The short way, in one piece: numbers only, nothing to apply, room in the segment.
+        writer = self._writer
+        position = writer.position
+        if (
+            type(loss) is float and position < writer.limit
+            and local_report is None and perplexity is None and sample_ids is None
+            and sample_losses is None and sample_confidences is None and sample_margins is None
+            and sample_entropies is None and sample_correct is None and forward_ms is None
+            and backward_ms is None and grad_l1_norm is None and grad_l2_norm is None
+            and epoch is None and update_norm is None and val_loss is None and current_lr is None
+            and batch_size is None and loss_scale is None
+        ):  # fmt: skip
+            try:
+                number = self._next_step if step is None else step
+                record = writer.record + 1
+                if type(grad_norm) is float:
+                    columns = _BOTH
+                elif grad_norm is None:
+                    columns, grad_norm = HAS_LOSS, 0.0
+                else:
+                    columns = 0
+                if columns and type(number) is int and number >= 0:
+                    _pack_core(
+                        writer.buffer, position, CORE_SIZE, CORE, columns, 0, _clock_ns(), number,
+                        loss, grad_norm, self._lr_group["lr"], record,
+                    )  # fmt: skip
+                    writer.position = position + CORE_SIZE
+                    writer.record = record
+                    self._next_step = number + 1
+                    return self._mailbox.decision  # type: ignore[no-any-return]
+            except (struct.error, TypeError, KeyError):  # an odd step or learning rate
+                pass
+        return self._step(
+            loss, grad_norm, step, local_report,
+            {
+                "perplexity": perplexity, "sample_ids": sample_ids, "sample_losses": sample_losses,
+                "sample_confidences": sample_confidences, "sample_margins": sample_margins,
+                "sample_entropies": sample_entropies, "sample_correct": sample_correct,
+                "forward_ms": forward_ms, "backward_ms": backward_ms, "grad_l1_norm": grad_l1_norm,
+                "grad_l2_norm": grad_l2_norm, "epoch": epoch, "update_norm": update_norm,
+                "val_loss": val_loss, "current_lr": current_lr, "batch_size": batch_size,
+                "loss_scale": loss_scale,
+            },
+        )  # fmt: skip
+
+    def complete(self, status: str = "completed") -> None:
+        """Ends the run: folds what is left, within ``ARGUS_SHUTDOWN_TIMEOUT``, and says what happened.
+
+        Harmless when called twice. ``status`` is kept with the run: completed, failed, stopped, …
+        """
+        self._complete(str(status), None)
+
+    @property
+    def run_id(self) -> str:
+        """The run's id; '' where Argus is disabled."""
+        return self._session.run_id if self._session else ""
+
+    @property
+    def run_dir(self) -> Optional[Path]:
+        """The run's folder; None where Argus is disabled."""
+        return self._session.folder if self._session else None
+
+    @property
+    def decision(self) -> Decision:
+        """The newest decision, without a step."""
+        decision: Decision = self._mailbox.decision
+        return decision
+
+    def __enter__(self) -> "Argus":
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        if kind is None:
+            self._complete("completed", None)
+        elif issubclass(kind, ArgusPause):
+            self._complete("paused", kind.__name__)
+        elif issubclass(kind, ArgusHalt):
+            self._complete("halted", kind.__name__)
+        else:
+            self._complete("failed", kind.__name__)
+
+    def __reduce__(self) -> Any:
+        """A copy in another process (a DataLoader's worker) is inert: one process reports a run."""
+        return (_inert, ())
+
+    def _step(
+        self, loss: Any, grad_norm: Any, step: Any, local_report: Any, given: Mapping[str, Any]
+    ) -> Decision:
+        """The long way: whatever is not plain numbers, and whatever there is to apply."""
+        session = self._session
+        if session is None:
+            return CONTINUE
+        number = self._next_step
+        try:
+            if step is not None:
+                wanted = step_number(step)
+                if wanted is None:
+                    session.problem("step was no whole number from 0 on", self._catch)
+                else:
+                    number = wanted
+            self._next_step = number + 1
+            session.record(loss, grad_norm, number, given, local_report, self._catch)
+            session.intervene(number)
+        except ArgusIntervention:
+            raise
+        except Exception as error:
+            if not self._catch:
+                raise error if isinstance(error, ArgusError) else ArgusError(str(error)) from error
+            session.faults.count("step() failed", error)
+        decision: Decision = self._mailbox.decision
+        return decision
+
+    def _complete(self, status: str, exception: Optional[str]) -> None:
+        session = self._session
+        if session is not None:
+            lifecycle.forget(self)
+            session.close(status, exception)
+
+    def _at_exit(self) -> None:
+        """The interpreter goes: an uncaught exception is the run's end."""
+        error = getattr(sys, "last_type", None)
+        self._complete("failed" if error else "exited", error.__name__ if error else None)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the run stays the parent's."""
+        self._writer = lifecycle.CLOSED
+        session, self._session = self._session, None
+        if session is not None:
+            session.abandon()
+
+
+def _inert() -> Argus:
+    argus = Argus.__new__(Argus)
+    argus._catch = True
+    argus._next_step = 0
+    argus._session = None
+    argus._writer = lifecycle.CLOSED
+    argus._mailbox = lifecycle.NO_MAIL
+    argus._lr_group = lifecycle.NO_LEARNING_RATE
+    return argus

@@ -1,0 +1,152 @@
+"""What the training process does about an action: in AUTO, or for an operator's order it accepts."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol
+
+from plarv.exceptions import ArgusHalt, ArgusIntervention, ArgusPause
+from plarv.faults import Faults
+from plarv.learning_rate import LearningRateCap
+from plarv_schemas.events import Action
+
+__all__ = ["Agreement", "Interventions", "call_on_pause"]
+
+_APPLIED_HERE = frozenset({"SET_LR", "PAUSE", "HALT", "RESUME"})
+
+Report = Callable[[str, int, Mapping[str, Any]], None]
+"""(control kind, step, data): writes a control event."""
+
+
+class Agreement(Protocol):
+    """How several ranks agree to act at one step, or not at all."""
+
+    def announce(self, action: Action) -> None:
+        """Says that this rank has ``action``."""
+        ...
+
+    def settle(self, action: Action) -> bool:
+        """At its step: whether all ranks carry it out. The only wait that a step may make."""
+        ...
+
+
+class Interventions:
+    """Carries out the engine's actions on the training thread, each one once.
+
+    With several ranks an action names the step at which all of them act; until then it waits here.
+    """
+
+    def __init__(
+        self,
+        *,
+        auto: bool,
+        accept_operator: bool,
+        cap: LearningRateCap,
+        find_optimizer: Callable[[], Any],
+        on_pause: Optional[Callable[..., object]],
+        report: Report,
+        faults: Faults,
+        agreement: Optional[Agreement] = None,
+        scheduler: Any = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._auto = auto
+        self._accept_operator = accept_operator
+        self._cap = cap
+        self._find_optimizer = find_optimizer
+        self._on_pause = on_pause
+        self._report = report
+        self._faults = faults
+        self._agreement = agreement
+        self._waiting: List[Action] = []
+        self._seen: Dict[str, None] = {}
+        self.held: Optional[Action] = None  # the pause that stands
+
+    @property
+    def busy(self) -> bool:
+        """Whether every step must pass by here."""
+        return bool(self._waiting) or self.held is not None or self._cap.is_active
+
+    def take(self, action: Action, step: int) -> None:
+        """Takes in an action that the engine sent."""
+        if action.id in self._seen:
+            return
+        self._seen[action.id] = None
+        if len(self._seen) > 1024:
+            del self._seen[next(iter(self._seen))]
+        if action.kind == "PAUSE" and self._on_pause is not None:
+            call_on_pause(self._on_pause, action, self._faults)
+        if action.kind not in _APPLIED_HERE or not self._binding(action):
+            return
+        if "apply_step" in action.parameters and self._agreement is not None:
+            self._agreement.announce(action)
+        self._waiting.append(action)
+
+    def apply(self, step: int) -> None:
+        """Carries out what is due at ``step``; raises the intervention that stands."""
+        self._cap.enforce()
+        due = [action for action in self._waiting if step >= action.parameters.get("apply_step", 0)]
+        for action in due:
+            self._waiting.remove(action)
+            if step > action.expiry_step:
+                self._tell("action_expired", action, step, {})
+            elif self._agreed(action, step):
+                self._carry_out(action, step)
+        if self.held is not None:
+            raise self._intervention(self.held, step)
+
+    def _binding(self, action: Action) -> bool:
+        """Whether this process was told to obey it. An order is also reported where it is not."""
+        if "operator" in action.parameters:
+            return self._auto or self._accept_operator
+        return self._auto
+
+    def _agreed(self, action: Action, step: int) -> bool:
+        if "apply_step" not in action.parameters:
+            return True
+        if self._agreement is None or step > action.parameters["apply_step"]:
+            why = "no store to agree by" if self._agreement is None else "it came too late"
+            self._tell("action_dropped", action, step, {"why": why})
+            return False
+        if not self._agreement.settle(action):
+            self._tell("action_dropped", action, step, {"why": "not all ranks had it in time"})
+            return False
+        return True
+
+    def _carry_out(self, action: Action, step: int) -> None:
+        if action.kind == "SET_LR":
+            self._set_lr(action, step)
+        elif action.kind == "RESUME":
+            self.held = None
+            self._tell("action_applied", action, step, {})
+        else:
+            self.held = action
+            self._tell("action_applied", action, step, {})
+
+    def _set_lr(self, action: Action, step: int) -> None:
+        optimizer = self._find_optimizer()
+        if optimizer is None:
+            self._tell("action_refused", action, step, {"why": "no optimizer is known"})
+            return
+        before = self._cap.current(optimizer)
+        lr = action.parameters.get("lr")
+        if lr is None and before is not None:
+            lr = before * float(action.parameters.get("factor", 0.5))
+        if lr is None or not self._cap.apply(optimizer, float(lr), self._scheduler):
+            self._tell("action_refused", action, step, {"why": "the learning rate cannot be set"})
+            return
+        self._tell("action_applied", action, step, {"lr": lr, "lr_before": before})
+
+    def _tell(self, what: str, action: Action, step: int, data: Mapping[str, Any]) -> None:
+        self._report(what, step, {"action": action.id, "kind": action.kind, **data})
+
+    def _intervention(self, action: Action, step: int) -> ArgusIntervention:
+        kind = ArgusHalt if action.kind == "HALT" else ArgusPause
+        return kind(f"{action.kind} at step {step}: {action.reason}", step, action.to_dict())
+
+
+def call_on_pause(handler: Callable[..., object], action: Action, faults: Faults) -> None:
+    """Calls the user's handler with the action as a mapping; what it raises is counted, not raised."""
+    try:
+        handler(action.to_dict())
+    except Exception as error:
+        faults.count(f"on_pause raised {type(error).__name__}")

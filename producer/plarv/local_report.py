@@ -1,0 +1,36 @@
+"""A local report as columns: one level and one score a check, and the worst layers."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping
+
+from plarv_schemas.events import LEVELS, LOCAL_CHECKS
+
+__all__ = ["local_columns"]
+
+_MAX_LAYERS = 8
+
+
+def local_columns(report: Any) -> Dict[str, Any]:
+    """``local_levels``, ``local_scores``, ``local_layers`` of a report or of its ``to_dict()``.
+
+    A check that the report does not have is ok with a score of NaN. TypeError where it is no report.
+    """
+    to_dict = getattr(report, "to_dict", None)
+    data = to_dict() if callable(to_dict) else report
+    if not isinstance(data, Mapping) or not isinstance(data.get("checks"), Mapping):
+        raise TypeError("local_report must be a LocalDetector's report or its to_dict()")
+    levels, scores = [], []
+    for name in LOCAL_CHECKS:
+        check = data["checks"].get(name)
+        found = check if isinstance(check, Mapping) else {}
+        level = found.get("level", "ok")
+        levels.append(LEVELS.index(level) if level in LEVELS else 0)
+        score = found.get("score")
+        scores.append(float(score) if isinstance(score, (int, float)) else float("nan"))
+    layers = data.get("top_affected_layers") or ()
+    return {
+        "local_levels": tuple(levels),
+        "local_scores": tuple(scores),
+        "local_layers": tuple(str(layer) for layer in list(layers)[:_MAX_LAYERS]),
+    }

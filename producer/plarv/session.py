@@ -1,0 +1,292 @@
+"""One run as this process sees it: journal, engine, console, interventions, put together."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Union
+
+from plarv import settings
+from plarv.agreement import StoreAgreement
+from plarv.columns import ColumnReader
+from plarv.console import Console
+from plarv.discovery import batch_size_of, describe_model, total_steps_of
+from plarv.exceptions import ArgusError
+from plarv.faults import Faults
+from plarv.identity import Identity, discover, validate_run_id
+from plarv.interventions import Interventions
+from plarv.journal_home import Home, open_home, refuse_if_paused, run_folder, sample_key
+from plarv.learning_rate import LearningRateCap
+from plarv.lifecycle import NO_LEARNING_RATE
+from plarv.parameters import resolve_mode
+from plarv.recorder import Recorder
+from plarv.signals import ModelSignals
+from plarv.transport import Mailbox, Transport
+from plarv.transport.embedded import EmbeddedTransport
+from plarv_schemas.events import Action, Verdict
+
+__all__ = ["Session", "open_session"]
+
+_MEGABYTE = 1024 * 1024
+
+
+class Session:
+    """What stands between ``step()`` and the run's folder.
+
+    All but ``tend`` and ``tell`` belongs to the training thread; these two are called by the
+    transport's.
+    """
+
+    def __init__(self, given: Mapping[str, Any], identity: Identity, home: Home, mode: str) -> None:
+        self.run_id = identity.run_id
+        self.folder: Path = home.folder
+        self.writer = home.writer
+        self.mailbox = Mailbox()
+        self.faults = Faults()
+        self.identity = identity
+        self.mode = mode
+        silent = settings.flag("ARGUS_SILENT", given["silent"])
+        self.console = Console(silent or identity.local_rank != 0)
+        self._on_pause = given["on_pause"]
+        self._signals = ModelSignals(given["model"], given["optimizer"])
+        self._batch_size = batch_size_of(given["dataloader"])
+        self._cap = LearningRateCap()
+        self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
+        self._interventions = Interventions(
+            auto=mode == "AUTO" and self._may_act(),
+            accept_operator=given["accept_operator"] is True,
+            cap=self._cap,
+            find_optimizer=self._signals.optimizer,
+            on_pause=given["on_pause"],
+            report=self._report,
+            faults=self.faults,
+            agreement=self._agreement,
+            scheduler=given["scheduler"],
+        )
+        self._recorder = Recorder(
+            self.writer, ColumnReader(sample_key(self.folder)), self._signals, self.faults
+        )
+        self._records: Dict[str, int] = {}
+        self._last_step = -1
+        self._late = 0  # steps after complete()
+        self._closed = False
+        self.transport: Transport = EmbeddedTransport(
+            self.folder,
+            self.writer,
+            self.mailbox,
+            self.faults,
+            may_lead=identity.local_rank == 0,
+            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
+            tell=self._tell,
+            tend=self._tend,
+        )
+        self._hold()
+
+    def learning_rate_group(self) -> Mapping[str, Any]:
+        """The parameter group whose rate the hot path may read: a plain float, or none."""
+        optimizer = self._signals.optimizer()
+        groups = getattr(optimizer, "param_groups", None) or [{}]
+        group: Mapping[str, Any] = groups[0]
+        return group if type(group.get("lr")) is float else NO_LEARNING_RATE
+
+    def start(self, data: Mapping[str, Any]) -> None:
+        """Writes that the session began, and starts the engine."""
+        self.writer.control("session_started", step=None, rank=self.identity.rank, data=data)
+        self.transport.start()
+
+    def record(
+        self,
+        loss: Any,
+        grad_norm: Any,
+        step: int,
+        given: Mapping[str, Any],
+        local_report: Any,
+        catch: bool,
+    ) -> None:
+        """One step, by the long way."""
+        if self._closed:
+            self._late += 1
+            if self._late == 1:
+                self.console.say("step() after complete(): this step and later ones are not recorded")
+            return
+        if self._batch_size is not None and given.get("batch_size") is None:
+            given = {**given, "batch_size": self._batch_size}
+        for problem in self._recorder.record(loss, grad_norm, step, given, local_report):
+            self.problem(problem, catch)
+        if step < self._last_step:
+            self.console.say(
+                f"step went back from {self._last_step} to {step}: a new attempt begins. If your "
+                f"counter starts again each epoch, leave step= out."
+            )
+        self._last_step = step
+
+    def problem(self, what: str, catch: bool) -> None:
+        """An argument of ``step()`` that was left out."""
+        if not catch:
+            raise ArgusError(what)
+        self.faults.count(what)
+
+    def intervene(self, step: int) -> None:
+        """Applies what the engine asks for; raises the intervention that stands."""
+        if self._closed:
+            return
+        actions = self.mailbox.actions
+        while actions:
+            self._interventions.take(actions.popleft(), step)
+        try:
+            self._interventions.apply(step)
+        finally:
+            self._hold()
+
+    def close(self, status: str, exception: Optional[str]) -> None:
+        """Ends the session within ARGUS_SHUTDOWN_TIMEOUT, and prints the summary. Once."""
+        if self._closed:
+            return
+        self._closed = True
+        timeout_s = settings.number("ARGUS_SHUTDOWN_TIMEOUT")
+        until = time.monotonic() + timeout_s
+        self._recorder.close(timeout_s / 4)
+        self.writer.control(
+            "session_finished",
+            step=None,
+            rank=self.identity.rank,
+            data={"status": status, "exception": exception},
+        )
+        self.writer.hold(True)
+        self._signals.close()
+        self._cap.lift()
+        self.transport.close(max(0.0, until - time.monotonic()))
+        self.writer.close()
+        self._summarise(status)
+
+    def abandon(self) -> None:
+        """In a forked child: lets go of everything without a word."""
+        self._closed = True
+        self.console.silent = True
+        self._signals.close()
+        self.transport.abandon()
+
+    def _may_act(self) -> bool:
+        """Whether the ranks that this engine sees are all there are."""
+        return self.identity.world_size <= self.identity.local_world_size
+
+    def _hold(self) -> None:
+        """Closes the short way while every step has something to do on the long one."""
+        self.writer.hold(
+            self._closed
+            or self._signals.active
+            or self._batch_size is not None
+            or self._recorder.waiting
+            or self._interventions.busy
+            or bool(self.mailbox.actions)
+        )
+
+    def _report(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        self.writer.control(kind, step=step, rank=self.identity.rank, data=data)
+        done = kind.replace("action_", "")
+        if done != "applied" or data["kind"] == "SET_LR":
+            extra = f": {data['why']}" if "why" in data else ""
+            if "lr" in data:
+                extra = f": learning rate {data['lr_before']:.4g} -> {data['lr']:.4g}"
+            self.console.say(f"step {step} {data['kind']} {done}{extra}")
+
+    def _tell(self, record: Union[Verdict, Action]) -> None:
+        name = "verdicts" if isinstance(record, Verdict) else "actions"
+        self._records[name] = self._records.get(name, 0) + 1
+        self.console.record(record)
+
+    def _tend(self) -> None:
+        if self._agreement is not None:
+            self._agreement.tend()
+
+    def _summarise(self, status: str) -> None:
+        lost = self.writer.lost + self._late
+        notes: List[str] = [self.transport.describe(), self.faults.describe()]
+        if lost:
+            why = self.writer.ended or "after complete()"
+            notes.append(f"{lost} events lost ({why})")
+        text = "; ".join(note for note in notes if note)
+        self.console.say(
+            f"run {self.run_id} {status}: {self.writer.record} events, "
+            f"{self._records.get('verdicts', 0)} verdicts, {self._records.get('actions', 0)} actions"
+            + (f" ({text})" if text else "")
+            + f". argus replay {self.folder}"
+        )
+
+
+def open_session(given: Mapping[str, Any]) -> Optional[Session]:
+    """A session that has begun; None where no disk takes a journal."""
+    mode = resolve_mode(settings.text("ARGUS_MODE", given["mode"]))
+    wanted = settings.text("ARGUS_RUN_ID", given["run_id"]) or None
+    if wanted is not None:
+        validate_run_id(wanted)
+    for name in ("ARGUS_JOURNAL_MAX_MB", "ARGUS_SHUTDOWN_TIMEOUT"):
+        settings.number(name)
+    identity = discover(wanted)
+    refuse_if_paused(identity.run_id, run_folder(identity.run_id))
+    home = open_home(identity, secrets.token_hex(8))
+    if home is None:
+        silent = Console(settings.flag("ARGUS_SILENT", given["silent"]))
+        silent.say("no folder can be written to: this run is not monitored (set ARGUS_DIR)")
+        return None
+    session = Session(given, identity, home, mode)
+    say = session.console.say
+    rank = f", {identity.world_size} ranks" if identity.world_size > 1 else ""
+    say(f"run {identity.run_id} ({mode}{rank}), journal in {home.folder}")
+    for note in (home.note, _address_note(given), _ranks_note(identity, mode)):
+        if note:
+            say(note)
+    session.start(_describe(given, identity, mode))
+    return session
+
+
+def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[str, Any]:
+    """What a session says of itself: numbers and names, nothing of the data or the weights."""
+    from plarv import __version__
+
+    found = describe_model(given["model"], given["tokenizer"]) if given["model"] is not None else {}
+    total_steps = given["total_steps"]
+    if total_steps is None and given["dataloader"] is not None:
+        total_steps = total_steps_of(given["dataloader"])
+    data: Dict[str, Any] = {
+        "mode": mode,
+        "accept_operator": given["accept_operator"] is True,
+        "world_size": identity.world_size,
+        "restart_count": identity.restart_count,
+        "total_steps": total_steps,
+        "start_step": int(given["start_step"]),
+        "project": settings.text("ARGUS_PROJECT", given["project"]) or None,
+        "sdk": __version__,
+    }
+    for name in ("sequence_length", "vocab_size", "num_layers", "hidden_dim", "dtype"):
+        value = given[name] if given[name] is not None else found.get(name)
+        data[name] = str(value).replace("torch.", "") if name == "dtype" and value else value
+    data["parameters"] = found.get("parameters")
+    return data
+
+
+def _address_note(given: Mapping[str, Any]) -> str:
+    brokers, url = given["brokers"], given["url"]
+    if brokers or settings.text("ARGUS_BROKERS"):
+        return "the Kafka transport is not in this version: using the embedded engine"
+    if settings.text("ARGUS_URL", url):
+        return "the HTTP transport is not in this version: using the embedded engine"
+    if settings.text("ARGUS_API_KEY", given["api_key"]):
+        return "an api_key without an address: using the embedded engine, nothing leaves this machine"
+    return ""
+
+
+def _ranks_note(identity: Identity, mode: str) -> str:
+    if identity.world_size > identity.local_world_size:
+        acts = ": AUTO only observes" if mode == "AUTO" else ""
+        return (
+            f"{identity.local_world_size} of {identity.world_size} ranks are on this node, and the "
+            f"embedded engine sees only these{acts}"
+        )
+    if identity.world_size > 1 and mode == "AUTO" and not StoreAgreement.available():
+        return (
+            "torch.distributed is not initialised yet: until it is, AUTO only observes, since "
+            "several ranks must act at one step or not at all"
+        )
+    return ""

@@ -1,0 +1,45 @@
+"""Ways from the journal to an engine and back. One protocol; this version has the embedded one."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Deque, Protocol
+
+from plarv.decision import CONTINUE, Decision
+from plarv_schemas.events import Action
+
+__all__ = ["Mailbox", "Transport"]
+
+
+class Mailbox:
+    """What a transport's thread leaves for the training thread; neither waits for the other.
+
+    One reference is replaced, one queue is appended to at one end and taken from at the other: both
+    are single operations of the interpreter, so no lock is needed.
+    """
+
+    __slots__ = ("decision", "actions")
+
+    def __init__(self) -> None:
+        self.decision: Decision = CONTINUE
+        self.actions: Deque[Action] = deque(maxlen=256)  # to be applied by the training thread
+
+
+class Transport(Protocol):
+    """From the journal to an engine and back."""
+
+    def start(self) -> None:
+        """Starts the background thread."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """Brings over what it can within ``timeout_s``, then stops."""
+        ...
+
+    def abandon(self) -> None:
+        """In a forked child, where the thread is not: lets go of files, touches nothing shared."""
+        ...
+
+    def describe(self) -> str:
+        """How far the engine is behind, and what was lost, as a clause; '' where nothing is."""
+        ...

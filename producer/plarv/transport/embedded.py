@@ -1,0 +1,291 @@
+"""The embedded engine: detectors and policy on a thread of the training process."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from plarv.decision import Decision
+from plarv.faults import Faults
+from plarv.transport import Mailbox
+from plarv_processors.engine import EngineConfig
+from plarv_processors.stored_fold import Record, StoredFold
+from plarv_schemas.events import Action, Verdict
+from plarv_schemas.journal_writer import JournalWriter
+from plarv_schemas.locks import FileLock
+from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE
+
+__all__ = ["EmbeddedTransport"]
+
+_PAUSE_S = 0.05  # between two looks at the journal while all is well
+_PAUSE_BEHIND_S = 0.02  # while there is more to fold than fits into a slice
+_PAUSE_OPEN_S = 0.01  # while a verdict is open: now a late answer costs
+_SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nine tenths of the GIL
+_CHUNK = 32  # events between two looks at the clock
+_SAVE_EVERY = 50_000  # events between two snapshots
+_LOCK_EVERY_S = 1.0
+
+
+class EmbeddedTransport:
+    """Folds the run's journal on a daemon thread, a slice at a time.
+
+    The process that holds the run's fold lock folds all ranks' journals in the folder (local rank 0);
+    the others follow what it writes. The same thread keeps the journal's next segments ready and
+    removes folded ones where the journal would pass its bound.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: JournalWriter,
+        mailbox: Mailbox,
+        faults: Faults,
+        *,
+        may_lead: bool,
+        journal_max_bytes: int,
+        tell: Callable[[Record], None],
+        tend: Callable[[], None],
+        config: Optional[EngineConfig] = None,
+    ) -> None:
+        self._folder = folder
+        self._writer = writer
+        self._mailbox = mailbox
+        self._faults = faults
+        self._may_lead = may_lead
+        self._max_bytes = journal_max_bytes
+        self._tell = tell
+        self._tend = tend
+        self._config = config
+        self._lock = FileLock(folder / "fold.lock")
+        self._fold: Optional[StoredFold] = None
+        self._follow = _Follower(folder)
+        self._stop = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="argus-engine", daemon=True)
+        self._tried_lock = -float("inf")
+        self._saved_at = 0
+        self._removed_bytes = 0
+        self.caught_up = True
+        self.full = ""  # why no further segment can be made
+
+    def start(self) -> None:
+        """Starts the thread; where none can be started, the journal alone is kept."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # interpreter shutdown, or no more threads
+            self._faults.count("no thread for the engine", error)
+
+    def close(self, timeout_s: float) -> None:
+        """Folds what it can within ``timeout_s``; the next start or `argus export` folds the rest."""
+        self._deadline = time.monotonic() + max(0.0, timeout_s - 0.25)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def abandon(self) -> None:
+        """In a forked child: closes its copy of the lock, or the run would stay locked with it."""
+        self._lock.release()
+
+    def describe(self) -> str:
+        """What stands against the fold being complete, as a clause."""
+        notes: List[str] = []
+        if not self.caught_up:
+            notes.append("the engine is behind; `argus export` or the run's next start folds the rest")
+        fold = self._fold
+        if fold is not None:
+            notes.extend(f"detector {name} failed ({why})" for name, why in fold.engine.faults.items())
+            notes.extend(f"{count} records not written: {why}" for why, count in fold.errors.items())
+            if fold.skipped:
+                notes.append(f"{fold.skipped} journal records unreadable")
+        return "; ".join(notes)
+
+    @property
+    def folded_step(self) -> Optional[int]:
+        """The last step that the engine folded; None before the first, or where another one leads."""
+        return self._fold.engine.step if self._fold is not None else None
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            behind = False
+            try:
+                self._keep_journal()
+                behind = self._turn(time.monotonic() + _SLICE_S)
+                self._tend()
+            except Exception as error:  # our own fault: the loop goes on, and it is counted
+                self._faults.count("embedded engine", error)
+            if behind:
+                pause = _PAUSE_BEHIND_S
+            else:
+                pause = _PAUSE_OPEN_S if self._mailbox.decision.verdicts else _PAUSE_S
+            self._stop.wait(pause)
+        try:
+            self._finish()
+        except Exception as error:
+            self._faults.count("embedded engine at exit", error)
+
+    def _turn(self, until: float) -> bool:
+        """Folds until there is nothing more, or until ``until``; whether there is more."""
+        if self._fold is None and not self._lead():
+            self._deliver(*self._follow.look())
+            return False
+        fold = self._fold
+        assert fold is not None
+        before = fold.engine.ordinal
+        more = True
+        while more:
+            count, records = fold.advance(_CHUNK)
+            more = count > 0
+            self._deliver(records, None)
+            if more and time.monotonic() >= until:
+                break
+        if fold.engine.ordinal != before:
+            self._publish(fold)
+        if fold.engine.ordinal - self._saved_at >= _SAVE_EVERY:
+            fold.save()
+            self._saved_at = fold.engine.ordinal
+        self.caught_up = not more
+        return more
+
+    def _lead(self) -> bool:
+        """Takes the fold lock, now and then, where this process may lead."""
+        now = time.monotonic()
+        if not self._may_lead or now - self._tried_lock < _LOCK_EVERY_S:
+            return False
+        self._tried_lock = now
+        if not self._lock.acquire():
+            return False
+        self._fold = StoredFold(self._folder, self._config)
+        return True
+
+    def _publish(self, fold: StoredFold) -> None:
+        engine, before = fold.engine, self._mailbox.decision
+        policy = engine.policy
+        newest = before.newest_action if before.attempt == engine.attempt else None
+        self._mailbox.decision = Decision(
+            engine.step if engine.step >= 0 else None,
+            policy.recommendation(),
+            policy.harm_pressure,
+            policy.open_verdicts(),
+            newest.reason if newest else "",
+            engine.attempt,
+            newest,
+        )
+
+    def _deliver(self, records: List[Record], decision: Optional[Decision]) -> None:
+        """Hands records to the training thread (actions of its attempt) and to the console."""
+        mailbox = self._mailbox
+        for record in records:
+            if isinstance(record, Action):
+                newest = mailbox.decision._replace(newest_action=record, reason=record.reason)
+                mailbox.decision = newest._replace(attempt=record.attempt)
+                if any(session == self._writer.session for session, _ in record.sessions):
+                    mailbox.actions.append(record)
+                    self._writer.hold(True)
+            self._tell(record)
+        if decision is not None:
+            mailbox.decision = decision._replace(
+                newest_action=mailbox.decision.newest_action, reason=mailbox.decision.reason
+            )
+        if mailbox.actions:  # again and again: the training thread may have let go in between
+            self._writer.hold(True)
+
+    def _keep_journal(self) -> None:
+        """Keeps the next segments ready, within the bound."""
+        writer = self._writer
+        fold = self._fold
+        if writer.prepared_bytes - self._removed_bytes >= self._max_bytes and fold is not None:
+            self._removed_bytes += fold.trim()
+        if writer.prepared_bytes - self._removed_bytes >= self._max_bytes:
+            self.full = "the journal is at its bound (ARGUS_JOURNAL_MAX_MB)"
+            return
+        try:
+            writer.prepare()
+            self.full = ""
+        except OSError as error:  # tried again next time: room may be made before it is needed
+            self.full = f"no room for the journal: {error.strerror}"
+
+    def _finish(self) -> None:
+        if self._fold is not None or self._may_lead:
+            self._tried_lock = -float("inf")
+            while self._turn(min(self._deadline, time.monotonic() + 0.1)):
+                if time.monotonic() >= self._deadline:
+                    break
+        fold = self._fold
+        if fold is not None:
+            fold.save()
+            fold.close()
+            self._lock.release()
+        else:
+            self._deliver(*self._follow.look())
+
+
+class _Follower:
+    """Reads what the leading process writes about the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._offsets: Dict[str, int] = {VERDICTS_FILE: 0, ACTIONS_FILE: 0}
+        self._open: Dict[Tuple[str, Optional[int]], Verdict] = {}
+        self._attempt = 0
+        self._step = -1
+        self._pressure = 0.0
+
+    def look(self) -> Tuple[List[Record], Optional[Decision]]:
+        """The actions that are new, and the decision they make together with the verdicts."""
+        changed = False
+        for data in self._new_lines(VERDICTS_FILE):
+            changed = True
+            verdict = Verdict.from_dict(data)
+            if verdict.attempt > self._attempt:
+                self._attempt = verdict.attempt
+                self._open.clear()
+            self._step = verdict.step
+            key = (verdict.detector, verdict.rank)
+            if verdict.state == "resolved":
+                self._open.pop(key, None)
+            else:
+                self._open[key] = verdict
+        actions: List[Record] = []
+        for data in self._new_lines(ACTIONS_FILE):
+            changed = True
+            action = Action.from_dict(data)
+            self._step = max(self._step, action.step)
+            self._pressure = action.harm_pressure
+            actions.append(action)
+        if not changed:
+            return [], None
+        kind = "WARN" if self._open else "CONTINUE"
+        newest = actions[-1] if actions else None
+        if isinstance(newest, Action) and self._open:
+            kind = newest.kind
+        return actions, Decision(
+            self._step,
+            kind,
+            self._pressure if self._open else 0.0,
+            tuple(self._open.values()),
+            attempt=self._attempt,
+        )
+
+    def _new_lines(self, name: str) -> List[Dict[str, Any]]:
+        path = self._folder / name
+        try:
+            with open(path, "rb") as file:
+                if file.seek(0, os.SEEK_END) == self._offsets[name]:
+                    return []
+                file.seek(self._offsets[name])
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data.rfind(b"\n") + 1
+        self._offsets[name] += whole
+        found: List[Dict[str, Any]] = []
+        for line in data[:whole].splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue  # torn by a kill, and written again behind it
+        return found

@@ -1,0 +1,49 @@
+"""The verdicts and actions beside a run's journal: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+from plarv_schemas.events import Action
+
+__all__ = ["ACTIONS_FILE", "VERDICTS_FILE", "paused_by", "read_lines"]
+
+VERDICTS_FILE = "verdicts.jsonl"
+ACTIONS_FILE = "actions.jsonl"
+
+
+def read_lines(path: Path) -> Iterator[Dict[str, Any]]:
+    """The objects in a file of JSON lines; none where it is missing.
+
+    A line that its writer did not finish is left out, as is any other that is no JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def paused_by(folder: Path) -> Optional[Action]:
+    """The PAUSE that holds the run in ``folder``; None: nothing does."""
+    newest: Optional[Action] = None
+    for record in read_lines(folder / ACTIONS_FILE):
+        if record.get("kind") not in ("PAUSE", "RESUME"):
+            continue
+        try:
+            action = Action.from_dict(record)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if action.kind == "RESUME":
+            newest = None
+        elif not action.parameters.get("dry_run"):
+            newest = action
+    return newest

@@ -1,0 +1,231 @@
+"""Replays what was recorded: any file of a run as a stream of events, folded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Iterator, Optional, Protocol, Tuple, Union
+
+from plarv_processors.engine import Engine, EngineConfig
+from plarv_processors.stored_fold import base_of
+from plarv_schemas.events import Action, Event, StepEvent, Verdict
+from plarv_schemas.pyarrow_types import require_pyarrow
+from plarv_schemas.run_log import RunLog, is_run_dir, read_run
+from plarv_sinks.curve import ReplayError, Tell, read_curve
+from plarv_sinks.curve_files import CsvCurve, JsonLinesCurve, ParquetCurve
+from plarv_sinks.exported import read_export, read_recorded_steps
+
+__all__ = ["Finding", "Fold", "ReplayError", "RunSummary", "engine_for", "read_events", "replay"]
+
+Finding = Union[Verdict, Action]
+
+_KINDS = "CSV, JSON lines, Parquet, a journal or an export's folder"
+_HEAD_BYTES = 8192
+
+
+class Fold(Protocol):
+    """What a replay asks of an engine."""
+
+    def fold(self, event: Event) -> Tuple[Finding, ...]:
+        """The verdicts and actions of the event."""
+        ...
+
+
+class RunSummary:
+    """What a replay went through in one run.
+
+    >>> summary = RunSummary("run")
+    >>> for step in range(0, 300, 100):
+    ...     summary.count_event(StepEvent("run", "file", step, 0, step, step_time_ms=500.0))
+    >>> summary.num_steps, summary.duration_s
+    (3, 100.5)
+    """
+
+    __slots__ = (
+        "run_id", "num_steps", "num_verdicts", "num_actions",
+        "_first_ns", "_last_ns", "_steps_ms", "_timed", "_low", "_high",
+    )  # fmt: skip
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.num_steps = 0  # step events, of all ranks
+        self.num_verdicts = 0
+        self.num_actions = 0
+        self._first_ns: Optional[int] = None
+        self._last_ns: Optional[int] = None
+        self._steps_ms = 0.0
+        self._timed = 0  # steps of rank 0 with a time
+        self._low: Optional[int] = None
+        self._high = 0
+
+    @property
+    def duration_s(self) -> Optional[float]:
+        """From the first event to the last; without times, steps times the mean step; else None."""
+        if self._first_ns is not None and self._last_ns is not None:
+            return max(0.0, (self._last_ns - self._first_ns) * 1e-9)
+        if self._low is None or self._timed == 0:
+            return None
+        return (self._high - self._low + 1) * self._steps_ms / self._timed * 1e-3
+
+    def count_event(self, event: Event) -> None:
+        """Takes one event of the run."""
+        if event.time_ns is not None:
+            if self._first_ns is None:
+                self._first_ns = event.time_ns
+            self._last_ns = event.time_ns
+        if not isinstance(event, StepEvent):
+            return
+        self.num_steps += 1
+        if event.rank:
+            return
+        self._low = event.step if self._low is None else min(self._low, event.step)
+        self._high = max(self._high, event.step)
+        took = event.step_time_ms
+        if took is not None and took - took == 0.0:
+            self._steps_ms += took
+            self._timed += 1
+
+    def count_finding(self, finding: Finding) -> None:
+        """Takes one verdict or action of the run."""
+        if isinstance(finding, Verdict):
+            self.num_verdicts += 1
+        else:
+            self.num_actions += 1
+
+
+def read_events(path: Path, tell: Tell) -> Iterator[Event]:
+    """The events recorded in a file or folder, in the log's order; `tell` hears what was left out.
+
+    A table of a curve (CSV, JSON lines, Parquet; see `read_curve`), a run's folder or one of its
+    ``.journal`` files, or a folder that an export wrote. Content decides, not the name.
+
+    Raises:
+        ReplayError: there is nothing that can be replayed, and why, in one line.
+    """
+    try:
+        yield from _open(path, tell)
+    except ImportError as error:
+        raise ReplayError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ReplayError(f"{path}: {error.strerror or error}") from error
+
+
+def engine_for(path: Path, config: EngineConfig, tell: Tell) -> Engine:
+    """An engine that stands where the recording begins.
+
+    That is the run's start, unless old segments of a journal were removed: then the state of the
+    fold was kept, and `tell` hears where the replay begins.
+    """
+    engine = Engine(config)
+    base = base_of(path, engine) if path.is_dir() else None
+    if base is not None and base >= 0:
+        tell(f"{path}: begins at the event of ordinal {base + 1:,}; older ones were removed")
+    elif base is not None:
+        tell(f"{path}: older events were removed and these detectors were not there: all start anew")
+    return engine
+
+
+def replay(
+    events: Iterable[Event], engine: Fold, summary: Optional[RunSummary] = None
+) -> Iterator[Finding]:
+    """The verdicts and actions of one run's events, as they come; `summary` counts."""
+    for event in events:
+        findings = engine.fold(event)
+        if summary is not None:
+            summary.count_event(event)
+        for finding in findings:
+            if summary is not None:
+                summary.count_finding(finding)
+            yield finding
+
+
+def _open(path: Path, tell: Tell) -> Iterator[Event]:
+    if path.is_dir():
+        return _open_folder(path, tell)
+    if not path.exists():
+        raise ReplayError(f"{path}: no such file")
+    if not path.is_file():
+        raise ReplayError(f"{path}: not a file; {_KINDS} can be replayed")
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if path.suffix == ".journal" or head[:8] == b"ARGUSJNL":
+        return _journal(path, read_run(path))
+    if not head.strip():
+        raise ReplayError(f"{path}: the file is empty")
+    if head[:4] == b"PAR1":
+        return _open_parquet(path, tell)
+    if _is_binary(head):
+        raise ReplayError(f"{path}: a binary file; {_KINDS} can be replayed")
+    return _open_text(path, head, tell)
+
+
+def _open_folder(path: Path, tell: Tell) -> Iterator[Event]:
+    if is_run_dir(path):
+        return _journal(path, _read_folder(path, tell))
+    if (path / "steps.parquet").is_file():
+        return read_export(path)
+    for folder in (path, path / "runs"):
+        runs = [each for each in folder.iterdir() if is_run_dir(each)] if folder.is_dir() else []
+        if runs:
+            raise ReplayError(f"{path}: holds {len(runs)} runs; name one, such as {max(runs)}")
+    raise ReplayError(f"{path}: a folder without a journal or steps.parquet")
+
+
+def _read_folder(path: Path, tell: Tell) -> Iterator[Event]:
+    log = RunLog(path)
+    try:
+        while True:
+            events = log.poll()
+            if not events:
+                break
+            yield from events
+    finally:
+        log.close()
+    if log.skipped:
+        tell(f"{path}: {log.skipped:,} records could not be read")
+
+
+def _journal(path: Path, events: Iterator[Event]) -> Iterator[Event]:
+    found = False
+    try:
+        for event in events:
+            found = True
+            yield event
+    except ValueError as error:
+        raise ReplayError(f"{path}: {error}") from error
+    if not found:
+        raise ReplayError(f"{path}: the journal holds no event")
+
+
+def _open_parquet(path: Path, tell: Tell) -> Iterator[Event]:
+    from plarv_schemas.arrow import table_of
+
+    parquet, error_type = require_pyarrow("pyarrow.parquet"), require_pyarrow().ArrowException
+    try:
+        table = table_of(parquet.read_schema(path))
+    except (error_type, ValueError) as error:
+        raise ReplayError(f"{path}: {str(error).splitlines()[0][:200]}") from error
+    if table == "steps":
+        return read_recorded_steps(path)
+    if table is not None:
+        raise ReplayError(f"{path}: holds {table}, not steps; name its folder to replay the run")
+    return read_curve(ParquetCurve(path), tell)
+
+
+def _open_text(path: Path, head: bytes, tell: Tell) -> Iterator[Event]:
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if text.startswith("{"):
+        source = JsonLinesCurve(path)
+        if source.num_bad_lines:
+            tell(f"{path}: lines that are no JSON object and were left out: {source.num_bad_lines}")
+        return read_curve(source, tell)
+    if text.startswith("["):
+        raise ReplayError(f"{path}: one JSON array; write one object a line (JSON lines) instead")
+    return read_curve(CsvCurve(path), tell)
+
+
+def _is_binary(head: bytes) -> bool:
+    """A NUL, or more bytes that are not UTF-8 than a name or two in another encoding would make."""
+    if b"\0" in head:
+        return True
+    text = head.decode("utf-8", "replace")
+    return text.count("\ufffd") > max(4, len(text) // 20)
