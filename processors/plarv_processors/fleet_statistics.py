@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from plarv_processors.windows import median
-from plarv_schemas.events import StepEvent
 
 __all__ = ["Pace", "PeerTimes", "Replicas", "Slowness"]
 
@@ -83,9 +83,9 @@ class PeerTimes:
 class Pace:
     """Median step time of each report of steps, against the median of the reports before it.
 
-    A report counts as slow when it is ``ratio`` times the reference, ``errors`` standard errors of a
-    median above it, and a ``share`` of its steps is above it. Slow reports never enter the reference,
-    and a batch size that changes by 5% starts it anew.
+    A report counts as slow when it is ``ratio`` times the reference, ``errors`` standard errors of
+    a median above it, and a ``share`` of its steps is above it. Slow reports never enter the
+    reference, and a batch size that changes by 5% starts it anew.
 
     >>> pace = Pace(steps=4)
     >>> for time in [10.0, 11.0, 10.0, 11.0, 20.0, 21.0, 20.0, 21.0]:
@@ -131,7 +131,7 @@ class Pace:
         self._samples = 0.0
         own = median(ordered)
         reference = median(sorted(self._past)) if self._past else own
-        self._above = sum([time > reference for time in ordered]) / len(ordered)
+        self._above = 1.0 - bisect_right(ordered, reference) / len(ordered)
         spread = median(sorted([abs(time - own) for time in ordered]))
         self._error = 1.2533 * 1.4826 * spread / math.sqrt(len(ordered))
         return Slowness(own / reference, own, reference, None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from typing import List, Optional, Sequence, Tuple
 
 __all__ = ["BatchMemory", "MarginHeaps", "checksum", "finite", "signed_confidences", "total"]
@@ -19,8 +18,8 @@ def checksum(
 ) -> Optional[bytes]:
     """Four bytes for what ``rank`` was served: ids in order, else the bits of the losses.
 
-    None where that says nothing: fewer than two samples, losses that are all equal (0.0 is common in
-    policy gradients) or not finite. The same on every Python version.
+    None where that says nothing: fewer than two samples, losses that are all equal (0.0 is common
+    in policy gradients) or not finite. The same on every Python version.
     """
     try:
         if ids:
@@ -59,8 +58,8 @@ def signed_confidences(
 ) -> Sequence[float]:
     """A margin for each sample where only the confidence and whether it was right are known.
 
-    ``2 c - 1`` if right, ``1 - 2 c`` if wrong, 0 up to a confidence of a half, which decides nothing.
-    A NaN stays one.
+    ``2 c - 1`` if right, ``1 - 2 c`` if wrong, 0 up to a confidence of a half, which decides
+    nothing. A NaN stays one.
 
     >>> signed_confidences((0.9, 0.9, 0.3), (1, 0, 0))
     [0.8, -0.8, 0.0]
@@ -121,7 +120,9 @@ class BatchMemory:
 def _last(past: bytes, key: bytes, end: int) -> int:
     """The place of the last whole ``key`` before ``end``, -1 where there is none."""
     place = past.rfind(key, 0, end)
-    while place > 0 and (len(past) - place) % _KEY_BYTES:  # the end of one key, the start of another
+    while (
+        place > 0 and (len(past) - place) % _KEY_BYTES
+    ):  # the end of one key, the start of another
         place = past.rfind(key, 0, place + _KEY_BYTES - 1)
     return place
 
@@ -130,8 +131,8 @@ class MarginHeaps:
     """Whether margins form two heaps: the learned samples and the confidently wrong ones.
 
     With T = half the median positive margin of a pool, ``far`` counts the samples in (-3T, -T] and
-    ``near`` those in (-T, T]: two ranges of the same width. One heap with its peak right of -T gives
-    far <= near, however wide and skewed it is. Counts are decayed by 0.8 a pool.
+    ``near`` those in (-T, T]: two ranges of the same width. One heap with its peak right of -T
+    gives far <= near, however wide and skewed it is. Counts are decayed by 0.8 a pool.
 
     >>> heaps = MarginHeaps()
     >>> for _ in range(5):

@@ -15,12 +15,15 @@ from typing import IO, Dict, List, Optional, Sequence, Set, Tuple, Union
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.snapshot import pack, unpack
 from plarv_schemas.events import Action, Verdict
+from plarv_schemas.locks import FileLock
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import RunLog
 
-__all__ = ["Record", "StoredFold", "base_of"]
+__all__ = ["FOLD_LOCK", "Record", "StoredFold", "base_of", "fold_rest"]
 
 Record = Union[Verdict, Action]
+
+FOLD_LOCK = "fold.lock"  # held by whoever folds the run and writes what it finds
 
 _SNAPSHOT = "snapshot"  # where the next start goes on
 _BASE = "base"  # where the log begins, once old segments were removed
@@ -29,7 +32,7 @@ _BASE = "base"  # where the log begins, once old segments were removed
 class StoredFold:
     """Folds what a run's folder holds and goes on as it grows.
 
-    ``writing=True`` needs the run's fold lock (see :func:`lock`): it records the order in which
+    ``writing=True`` needs the run's fold lock (``FOLD_LOCK``): it records the order in which
     sessions were merged and appends what it finds. It begins at the last snapshot where that fits
     the engine's configuration, else at the log's beginning.
     """
@@ -187,3 +190,19 @@ def _ends_torn(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def fold_rest(folder: Path, config: Optional[EngineConfig] = None) -> bool:
+    """Folds all that a run's folder still holds; False: a living engine has its lock and does it."""
+    lock = FileLock(folder / FOLD_LOCK)
+    if not lock.acquire():
+        return False
+    try:
+        fold = StoredFold(folder, config)
+        while fold.advance(4096)[0]:
+            pass
+        fold.save()
+        fold.close()
+    finally:
+        lock.release()
+    return True

@@ -114,7 +114,7 @@ def kendall_s(values: Sequence[float]) -> int:
     return s
 
 
-def kendall_thresholds(most: int, p: float) -> "array[int]":
+def kendall_thresholds(most: int, p: float) -> array[int]:
     """For 0 to ``most`` values the smallest S that noise reaches with a chance below ``p``.
 
     Exact, one-sided, from the number of permutations with so many inversions; where no S is that
@@ -129,8 +129,8 @@ def kendall_thresholds(most: int, p: float) -> "array[int]":
     for n in range(1, most + 1):
         orders *= n
         pairs = n * (n - 1) // 2
-        # The n-th value adds 0 to n - 1 of them. Whole numbers, so the sum is exact.
-        counts = [sum(counts[max(0, i - n + 1) : i + 1]) for i in range(pairs + 1)]
+        # The n-th value adds 0 to n - 1 of them.
+        counts = [sum(counts[max(0, i - n + 1) : i + 1]) for i in range(pairs + 1)]  # integers
         tail, falling = 0, 0
         while falling <= pairs:
             tail += counts[falling]

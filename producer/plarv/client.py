@@ -21,6 +21,7 @@ __all__ = ["Argus"]
 
 _pack_core = CORE_STRUCT.pack_into
 _clock_ns = time.monotonic_ns
+_NAN = float("nan")  # an absent learning rate, in a core record
 _BOTH = HAS_LOSS | HAS_GRAD_NORM
 
 
@@ -77,17 +78,16 @@ class Argus:
         self._next_step = 0
         self._session: Optional[Session] = None
         self._writer: Any = lifecycle.CLOSED
-        self._mailbox: Any = lifecycle.NO_MAIL
-        self._lr_group: Mapping[str, Any] = lifecycle.NO_LEARNING_RATE
+        self._decision = CONTINUE
+        self._lr_group: Optional[Mapping[str, Any]] = None
         if settings.flag("ARGUS_DISABLED"):
             return
         check_arguments(given)
         self._next_step = int(start_step)
-        session = self._session = open_session(given)
+        session = self._session = open_session(given, self._hear)
         if session is None:
             return
         self._writer = session.writer
-        self._mailbox = session.mailbox
         self._lr_group = session.learning_rate_group()
         lifecycle.watch(self)
 
@@ -148,14 +148,15 @@ class Argus:
                 else:
                     columns = 0
                 if columns and type(number) is int and number >= 0:
+                    group = self._lr_group
                     _pack_core(
                         writer.buffer, position, CORE_SIZE, CORE, columns, 0, _clock_ns(), number,
-                        loss, grad_norm, self._lr_group["lr"], record,
+                        loss, grad_norm, _NAN if group is None else group["lr"], record,
                     )  # fmt: skip
                     writer.position = position + CORE_SIZE
                     writer.record = record
                     self._next_step = number + 1
-                    return self._mailbox.decision  # type: ignore[no-any-return]
+                    return self._decision
             except (struct.error, TypeError, KeyError):  # an odd step or learning rate
                 pass
         return self._step(
@@ -191,8 +192,7 @@ class Argus:
     @property
     def decision(self) -> Decision:
         """The newest decision, without a step."""
-        decision: Decision = self._mailbox.decision
-        return decision
+        return self._decision
 
     def __enter__(self) -> "Argus":
         return self
@@ -240,8 +240,11 @@ class Argus:
             if not self._catch:
                 raise error if isinstance(error, ArgusError) else ArgusError(str(error)) from error
             session.faults.count("step() failed", error)
-        decision: Decision = self._mailbox.decision
-        return decision
+        return self._decision
+
+    def _hear(self, decision: Decision) -> None:
+        """The transport's thread has a newer decision."""
+        self._decision = decision
 
     def _complete(self, status: str, exception: Optional[str]) -> None:
         session = self._session
@@ -268,6 +271,6 @@ def _inert() -> Argus:
     argus._next_step = 0
     argus._session = None
     argus._writer = lifecycle.CLOSED
-    argus._mailbox = lifecycle.NO_MAIL
-    argus._lr_group = lifecycle.NO_LEARNING_RATE
+    argus._decision = CONTINUE
+    argus._lr_group = None
     return argus

@@ -305,7 +305,8 @@ class GradientProbe:
         before, self._before = self._before, None
         after = self._weights()
         if self._sample is not None and before is not None and after is not None:
-            update = self._sample.distance(before, after)
+            with sys.modules["torch"].no_grad():
+                update = self._sample.distance(before, after)
             self._fresh = self._fresh._replace(update_norm=update)
             self._update_due = False
 

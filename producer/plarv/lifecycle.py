@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from typing import Any, Mapping, Protocol, Set
+from typing import Any, Protocol, Set
 
-from plarv.transport import Mailbox
-
-__all__ = ["CLOSED", "NO_LEARNING_RATE", "NO_MAIL", "forget", "watch"]
-
-NO_MAIL = Mailbox()
-"""Of an Argus without an engine."""
-
-NO_LEARNING_RATE: Mapping[str, Any] = {"lr": float("nan")}
-"""NaN stands for an absent learning rate in a core record."""
+__all__ = ["CLOSED", "forget", "watch"]
 
 
 class _ClosedWriter:

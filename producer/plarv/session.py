@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 from plarv import settings
 from plarv.agreement import StoreAgreement
 from plarv.columns import ColumnReader
 from plarv.console import Console
+from plarv.decision import Decision
 from plarv.discovery import batch_size_of, describe_model, total_steps_of
 from plarv.exceptions import ArgusError
 from plarv.faults import Faults
@@ -18,7 +19,6 @@ from plarv.identity import Identity, discover, validate_run_id
 from plarv.interventions import Interventions
 from plarv.journal_home import Home, open_home, refuse_if_paused, run_folder, sample_key
 from plarv.learning_rate import LearningRateCap
-from plarv.lifecycle import NO_LEARNING_RATE
 from plarv.parameters import resolve_mode
 from plarv.recorder import Recorder
 from plarv.signals import ModelSignals
@@ -38,11 +38,18 @@ class Session:
     transport's.
     """
 
-    def __init__(self, given: Mapping[str, Any], identity: Identity, home: Home, mode: str) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        identity: Identity,
+        home: Home,
+        mode: str,
+        listener: Callable[[Decision], None],
+    ) -> None:
         self.run_id = identity.run_id
         self.folder: Path = home.folder
         self.writer = home.writer
-        self.mailbox = Mailbox()
+        self.mailbox = Mailbox(listener)
         self.faults = Faults()
         self.identity = identity
         self.mode = mode
@@ -83,12 +90,12 @@ class Session:
         )
         self._hold()
 
-    def learning_rate_group(self) -> Mapping[str, Any]:
-        """The parameter group whose rate the hot path may read: a plain float, or none."""
+    def learning_rate_group(self) -> Optional[Mapping[str, Any]]:
+        """The parameter group whose rate the hot path may read: one with a plain float."""
         optimizer = self._signals.optimizer()
         groups = getattr(optimizer, "param_groups", None) or [{}]
         group: Mapping[str, Any] = groups[0]
-        return group if type(group.get("lr")) is float else NO_LEARNING_RATE
+        return group if type(group.get("lr")) is float else None
 
     def start(self, data: Mapping[str, Any]) -> None:
         """Writes that the session began, and starts the engine."""
@@ -215,8 +222,10 @@ class Session:
         )
 
 
-def open_session(given: Mapping[str, Any]) -> Optional[Session]:
-    """A session that has begun; None where no disk takes a journal."""
+def open_session(
+    given: Mapping[str, Any], listener: Callable[[Decision], None]
+) -> Optional[Session]:
+    """A session that has begun; None where no disk takes a journal. ``listener`` hears decisions."""
     mode = resolve_mode(settings.text("ARGUS_MODE", given["mode"]))
     wanted = settings.text("ARGUS_RUN_ID", given["run_id"]) or None
     if wanted is not None:
@@ -230,7 +239,7 @@ def open_session(given: Mapping[str, Any]) -> Optional[Session]:
         silent = Console(settings.flag("ARGUS_SILENT", given["silent"]))
         silent.say("no folder can be written to: this run is not monitored (set ARGUS_DIR)")
         return None
-    session = Session(given, identity, home, mode)
+    session = Session(given, identity, home, mode, listener)
     say = session.console.say
     rank = f", {identity.world_size} ranks" if identity.world_size > 1 else ""
     say(f"run {identity.run_id} ({mode}{rank}), journal in {home.folder}")

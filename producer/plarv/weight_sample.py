@@ -151,9 +151,7 @@ def _stratum(
     return _Stratum(tuple(_spread(here, found, min(limit, found) // blocks, blocks)), total)
 
 
-def _spread(
-    sizes: Sequence[Tuple[int, int]], total: int, length: int, blocks: int
-) -> List[_Block]:
+def _spread(sizes: Sequence[Tuple[int, int]], total: int, length: int, blocks: int) -> List[_Block]:
     """Blocks of ``length`` at equal distances over all elements, cut at their tensors' ends."""
     spread: List[_Block] = []
     first = 0  # elements before the tensor in hand

@@ -11,43 +11,41 @@ from __future__ import annotations
 import importlib
 import warnings
 from importlib import metadata
-from typing import TYPE_CHECKING, Dict, Iterable, List, Tuple, Type
+from typing import Dict, Iterable, List, Tuple, Type
 
+from plarv_processors.detectors.canalization import Canalization
 from plarv_processors.detectors.detector import Detector
+from plarv_processors.detectors.fleet_skew import FleetSkew
+from plarv_processors.detectors.generalization_gap import GeneralizationGap
+from plarv_processors.detectors.gradient_collapse import GradientCollapse
+from plarv_processors.detectors.gradient_explosion import GradientExplosion
+from plarv_processors.detectors.loss_divergence import LossDivergence
+from plarv_processors.detectors.loss_oscillation import LossOscillation
+from plarv_processors.detectors.loss_plateau import LossPlateau
+from plarv_processors.detectors.loss_spike import LossSpike
+from plarv_processors.detectors.non_finite import NonFinite
+from plarv_processors.detectors.optimizer_corruption import OptimizerCorruption
+from plarv_processors.detectors.sample_anomaly import SampleAnomaly
 
 __all__ = ["BUILTIN", "ENTRY_POINT_GROUP", "load", "registered"]
 
 ENTRY_POINT_GROUP = "plarv.detectors"
 
-_BUILTIN: Tuple[Tuple[str, str], ...] = (
-    ("non_finite", "NonFinite"),
-    ("loss_spike", "LossSpike"),
-    ("loss_divergence", "LossDivergence"),
-    ("loss_plateau", "LossPlateau"),
-    ("loss_oscillation", "LossOscillation"),
-    ("gradient_explosion", "GradientExplosion"),
-    ("gradient_collapse", "GradientCollapse"),
-    ("optimizer_corruption", "OptimizerCorruption"),
-    ("canalization", "Canalization"),
-    ("sample_anomaly", "SampleAnomaly"),
-    ("generalization_gap", "GeneralizationGap"),
-    ("fleet_skew", "FleetSkew"),
+BUILTIN: Tuple[Type[Detector], ...] = (
+    NonFinite,
+    LossSpike,
+    LossDivergence,
+    LossPlateau,
+    LossOscillation,
+    GradientExplosion,
+    GradientCollapse,
+    OptimizerCorruption,
+    Canalization,
+    SampleAnomaly,
+    GeneralizationGap,
+    FleetSkew,
 )
-
-if TYPE_CHECKING:
-    BUILTIN: Tuple[Type[Detector], ...]
-
-
-def __getattr__(name: str) -> Tuple[Type[Detector], ...]:
-    """``BUILTIN``, imported at first use: whoever needs one detector does not load twelve."""
-    if name != "BUILTIN":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = tuple(
-        getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
-        for module, class_name in _BUILTIN
-    )
-    globals()["BUILTIN"] = found
-    return found
+"""In the order in which the policy hears them."""
 
 
 def registered() -> Tuple[Type[Detector], ...]:
@@ -59,14 +57,13 @@ def registered() -> Tuple[Type[Detector], ...]:
     >>> [cls.name for cls in registered()][:2]
     ['non_finite', 'loss_spike']
     """
-    builtin = __getattr__("BUILTIN")
     found: Dict[str, Type[Detector]] = {}
     for point in sorted(_entry_points(), key=lambda point: (point.name, point.value)):
         try:
             cls = _checked(point.load(), point.value)
             if cls.name in found:
                 raise ValueError(f"the name {cls.name!r} is taken by {_path(found[cls.name])}")
-        except Exception as error:  # whatever a foreign module raises while it is imported
+        except Exception as error:  # noqa: BLE001  a foreign module may raise anything
             warnings.warn(
                 f"detector {point.name!r} ({point.value}) is left out: {_reason(error)}",
                 RuntimeWarning,
@@ -74,7 +71,7 @@ def registered() -> Tuple[Type[Detector], ...]:
             )
             continue
         found[cls.name] = cls
-    return builtin + tuple(found[name] for name in sorted(found))
+    return BUILTIN + tuple(found[name] for name in sorted(found))
 
 
 def load(path: str) -> Type[Detector]:
@@ -115,7 +112,7 @@ def load(path: str) -> Type[Detector]:
 
 
 def _checked(candidate: object, path: str) -> Type[Detector]:
-    """``candidate``, if it is a detector class under a free name. Raises ValueError with the rule."""
+    """``candidate``, if it is a detector class under a free name; else ValueError with the rule."""
     if not isinstance(candidate, type):
         raise ValueError(f"write a class after the colon, {path!r} is a {type(candidate).__name__}")
     name = getattr(candidate, "name", None)
@@ -125,13 +122,15 @@ def _checked(candidate: object, path: str) -> Type[Detector]:
         raise ValueError("a detector has a class attribute scope = 'run' or scope = 'rank'")
     if not callable(getattr(candidate, "update", None)):
         raise ValueError("a detector has a method update(event) that returns a tuple of verdicts")
-    taken = next((cls for cls in __getattr__("BUILTIN") if cls.name == name), None)
+    taken = next((cls for cls in BUILTIN if cls.name == name), None)
     if taken is not None and taken is not candidate:
         raise ValueError(f"the name {name!r} is taken by {_path(taken)}; choose another")
     try:
         version = getattr(candidate(), "version", None)
     except Exception as error:  # the class is not ours
-        raise ValueError(f"{candidate.__name__}() must work without arguments: {_reason(error)}")
+        raise ValueError(
+            f"{candidate.__name__}() must work without arguments: {_reason(error)}"
+        ) from error
     if not (isinstance(version, str) and version):
         raise ValueError("an instance has version = fingerprint(name, config)")
     return candidate

@@ -257,7 +257,8 @@ class Canalization:
         else:
             what = (
                 f"gradient participation (L1/L2)^2 {now:.4g} is {median / max(now, 1e-300):.3g} "
-                f"times below its median {median:.4g} for {self._low} values since step {self._onset}"
+                f"times below its median {median:.4g} for {self._low} values since step "
+                f"{self._onset}"
             )
             if self._kind == "confirmed":
                 what += f"; a local collapse check has been critical in {reports} reports in a row"

@@ -16,23 +16,24 @@ _FADE = 0.99  # of a swing's size an evaluation: the noise of the first ones is 
 
 
 class GeneralizationGap:
-    """Fires when the validation loss rises, evaluation after evaluation, and the training loss falls.
+    """Fires when the validation loss rises, evaluation by evaluation, and the training loss falls.
 
     Over the evaluations after the best one, the last ``window`` at most: Mann-Kendall (exact,
     one-sided) says that val_loss rises, ``p < val_p``, and that the mean training loss between the
-    evaluations falls, ``p < train_p``. The best one itself is left out, since it was chosen for being
-    low. The rise must be worth a word, too: ``min_rise`` of the best, ``min_swing`` times the largest
-    rise that came and went before, and as Theil-Sen slope x evaluations ``noise_z`` times the noise
-    from one evaluation to the next. That opens *overfitting* (warn); ``critical_rise`` above the best
-    after ``critical_evaluations`` makes it critical. It resolves when validation is back within half
-    of ``min_rise`` of the best, which stays as it is meanwhile.
+    evaluations falls, ``p < train_p``. The best one itself is left out, since it was chosen for
+    being low. The rise must be worth a word, too: ``min_rise`` of the best, ``min_swing`` times the
+    largest rise that came and went before, and as Theil-Sen slope x evaluations ``noise_z`` times
+    the noise from one evaluation to the next. That opens *overfitting* (warn); ``critical_rise``
+    above the best after ``critical_evaluations`` makes it critical. It resolves when validation is
+    back within half of ``min_rise`` of the best, which stays as it is meanwhile.
 
-    An evaluation counts only with training losses since the one before it, so a run without training
-    losses is no matter of this detector. Noise that is independent from evaluation to evaluation is
-    silent; validation that drifts up for eight evaluations and down again is told apart only later.
+    An evaluation counts only with training losses since the one before it, so a run without
+    training losses is no matter of this detector. Noise that is independent from evaluation to
+    evaluation is silent; validation that drifts up for eight evaluations and down again is told
+    apart only later.
 
-    Cost: an addition a step, 6 us an evaluation that is worse than the best; 2 x 16 doubles. Source:
-    Mann-Kendall in place of SageMaker's and AutoTrainer's fixed ratios of the two losses.
+    Cost: an addition a step, 6 us an evaluation that is worse than the best; 2 x 16 doubles.
+    Source: Mann-Kendall in place of SageMaker's and AutoTrainer's fixed ratios of the two losses.
 
     >>> detector = GeneralizationGap()
     >>> for step in range(40):
@@ -50,7 +51,7 @@ class GeneralizationGap:
 
     @dataclass(frozen=True)
     class Config:
-        """Defaults: no alarm in 60 simulated runs of 200 evaluations with 3% noise, nor in public ones."""
+        """Defaults: silent on 60 simulated runs of 200 evaluations (3% noise) and in public."""
 
         window: int = 16  # evaluations
         min_evaluations: int = 5  # after the best: the fewest with which p < 0.01 can be had
@@ -71,8 +72,8 @@ class GeneralizationGap:
                 raise ValueError("0 < min_rise <= critical_rise, noise_z >= 0")
 
     __slots__ = (
-        "config", "version", "_vals", "_trains", "_total", "_count", "_best", "_best_step", "_after",
-        "_level", "_onset", "_highest", "_swing", "_rising", "_falling",
+        "config", "version", "_vals", "_trains", "_total", "_count", "_best", "_best_step",
+        "_after", "_level", "_onset", "_highest", "_swing", "_rising", "_falling",
     )  # fmt: skip
     _derived: ClassVar[Tuple[str, ...]] = ("_rising", "_falling")
 
@@ -191,7 +192,9 @@ class GeneralizationGap:
         trains: List[float] = self._trains[-max(count, 1) :].tolist()
         share = rise / abs(best) if best != 0.0 else 0.0
         if state == "resolved":
-            message = f"val_loss {val:.4g} is back at its best, {best:.4g} of step {self._best_step}"
+            message = (
+                f"val_loss {val:.4g} is back at its best, {best:.4g} of step {self._best_step}"
+            )
         else:
             message = (
                 f"val_loss rose in {count} evaluations to {val:.4g}, {share:.1%} above its best "
@@ -206,7 +209,9 @@ class GeneralizationGap:
             state=state,
             onset_step=self._onset,
             score=share,
-            threshold=self.config.critical_rise if self._level == "critical" else self.config.min_rise,
+            threshold=self.config.critical_rise
+            if self._level == "critical"
+            else self.config.min_rise,
             evidence={
                 "val_loss": val,
                 "best_val_loss": best,

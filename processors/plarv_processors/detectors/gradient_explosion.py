@@ -110,7 +110,8 @@ class GradientExplosion:
     _derived = ("_log_ratio",)
     __slots__ = (
         "config", "version", "_log_ratio", "_grads", "_losses", "_first", "_log", "_last", "_step",
-        "_stride", "_gaps", "_flow", "_kind", "_onset", "_z", "_watched", "_high", "_calm", "_support",
+        "_stride", "_gaps", "_flow", "_kind", "_onset", "_z", "_watched", "_high", "_calm",
+        "_support",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -281,7 +282,7 @@ class GradientExplosion:
 
     def _verdict(self, event: StepEvent, level: Level, state: VerdictState) -> Verdict:
         grads, losses = self._grads, self._losses
-        grad, median = self._last, math.exp(grads.median)
+        grad, median = self._last, _exp(grads.median)
         loss_z = self._loss_rise(event.loss)[1]
         evidence = {
             "grad_norm": grad,
@@ -294,11 +295,10 @@ class GradientExplosion:
             "local_critical": float(_flow_critical(event)),
         }
         loss_text = ""
-        if event.loss is not None:
-            evidence["loss"] = event.loss
-            if losses.count:
-                evidence["loss_median"] = math.exp(losses.median) if self._log else losses.median
-                loss_text = f", loss {event.loss:.4g} (median {evidence['loss_median']:.4g})"
+        if event.loss is not None and losses.count:
+            loss_median = _exp(losses.median) if self._log else losses.median
+            evidence.update(loss=event.loss, loss_median=loss_median)
+            loss_text = f", loss {event.loss:.4g} (median {loss_median:.4g})"
         what = {
             "opened": f"gradient norm {grad:.4g} is {grad / median:.3g} times its median "
             f"{median:.4g}{loss_text}",
@@ -318,6 +318,11 @@ class GradientExplosion:
             evidence=evidence,
             message=what,
         )
+
+
+def _exp(x: float) -> float:
+    """exp(x), kept between the smallest and the largest normal double."""
+    return math.exp(min(max(x, -708.0), 709.0))
 
 
 def _flow_critical(event: StepEvent) -> bool:

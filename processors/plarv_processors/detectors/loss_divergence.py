@@ -16,23 +16,27 @@ __all__ = ["LossDivergence"]
 class LossDivergence:
     """Fires when the loss goes up from the best level it had and stays there.
 
-    x is log(loss), best the lowest median of ``window`` accepted x, noise the usual step between
-    two of them. A loss is *up* when x is above ``best + max(rise, noise_factor x noise)``, *far up*
-    with ``far_rise`` in place of ``rise``. The median of the last ``last`` is up when half of these
-    are, and that is how it is counted. *rising* (warn) opens when the median of the last ``last``
-    is up, or of the last ``far_last`` far up. *diverged* (critical) when the first stays so for
-    ``last_points``, or the second for ``far_points``, or ``huge_points`` in a row are ``huge_rise``
-    up, and there was a level to leave: the loss had come down to it by ``rise`` and stayed for
-    ``stay_points``, or stood there for ``settled_points`` and left abruptly. A loss that
-    grows from its first steps on (a flow's balance loss, an adversary's) is only ever *rising*.
-    Resolved when ``calm_points`` in a row are not up. Nothing up is ever learnt from.
+    x is log(loss), best the lowest median of ``window`` accepted x, noise the mean step between two
+    of them. A loss is *up* when x is above ``best + max(rise, noise_factor x noise)``, *far up* with
+    ``far_rise`` in place of ``rise``. The median of the last ``last`` is up when half of these are, and
+    that is how it is counted; where a share of the losses is always up (two-peaked mix-up losses),
+    half of the rest is asked for.
 
-    A loss of exactly 0 is passed over. One below 0 is no loss to minimise but a policy-gradient
-    surrogate: from there on silence.
+    - *rising* (warn): the median of the last ``last`` is up, or that of the last ``far_last`` far up.
+    - *diverged* (critical): the first holds for ``last_points`` losses, or the second for
+      ``far_points``, or ``huge_points`` in a row are ``huge_rise`` up; and there was a level to leave.
+      There was, if the loss had come down to it by ``rise``, stayed for ``stay_points`` and left
+      within ``abrupt_points`` (by ``descent``, and it may leave slowly), or if it stood there from the
+      start for ``settled_points`` and left within ``abrupt_points``. What grows from its first steps on
+      (a flow's balance loss, an adversary's) is only ever *rising*.
 
-    Cost: O(1) a step, 11 doubles. Source: the best-median rule of the replay over public runs (1
-    false alarm on 104 healthy ones), its medians of 20 counted instead of sorted, and faster where
-    the rise is larger.
+    Resolved when none of the last ``last`` is up and ``calm_points`` in a row were not. Nothing up is
+    ever learnt from, and nothing at all while a verdict is open. A loss of exactly 0 is passed over;
+    one below 0 is no loss to minimise but a policy-gradient surrogate, and from there on there is
+    silence.
+
+    Cost: O(1) a step, 11 doubles. Source: the best-median rule of the replay over public runs, its
+    medians of 20 counted instead of sorted, and faster where the rise is larger.
 
     >>> detector = LossDivergence()
     >>> losses = [1.0 + 3.0 * 0.9**step for step in range(60)] + [1.0 + 0.1 * k for k in range(40)]

@@ -126,7 +126,7 @@ class OptimizerCorruption:
         self._odd = 0  # broken updates in a row, all on the same side
         self._large = 0  # of these, at the end, by ``ratio``
         self._severe = 0  # of these, at the end, by ``severe_ratio``
-        self._sign = 1  # of these breaks: 1 too large, -1 too small
+        self._sign: int = 1  # of these breaks: 1 too large, -1 too small
         self._since = 0  # step of the first broken or missing update of the row
         self._zeros = 0  # in a row
         self._longest = 0  # row of zeros that ended without a verdict
@@ -143,9 +143,7 @@ class OptimizerCorruption:
                 return found
         size = event.update_norm
         lr = event.current_lr
-        if size is None or lr is None or not lr > 0.0 or not size >= 0.0:
-            return ()
-        if size - size != 0.0 or lr - lr != 0.0:
+        if size is None or lr is None or not (0.0 < lr < math.inf and 0.0 <= size < math.inf):
             return ()
         if lr > self._peak:
             self._peak = lr

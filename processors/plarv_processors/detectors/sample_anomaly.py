@@ -1,4 +1,4 @@
-"""What the single samples say: repeated batches, wrong labels, a few samples that carry the loss."""
+"""What single samples say: repeated batches, wrong labels, a few samples that carry the loss."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ __all__ = ["SampleAnomaly"]
 class SampleAnomaly:
     """Fires on what the samples of a batch show and its mean hides. One state for all ranks.
 
-    *repeated_batch*: a rank gets the same batch ``min_repeats`` times in a row, or that often within
-    the last ``horizon`` batches once as many different ones came in a row. So neither several passes
-    over the data nor a data set of a few batches is an alarm. A batch is its sample ids in order, or
-    without ids the bits of its sample losses (then the model stood still too). It is critical after
-    ``critical_repeats`` in a row, but not in a run that never had any other batch.
+    *repeated_batch*: a rank gets the same batch ``min_repeats`` times in a row, or that often
+    within the last ``horizon`` batches once as many different ones came in a row. So neither
+    several passes over the data nor a data set of a few batches is an alarm. A batch is its sample
+    ids in order, or without ids the bits of its sample losses (then the model stood still too). It
+    is critical after ``critical_repeats`` in a row, but not in a run that never had any other
+    batch.
 
-    *label_noise*: the margins (the label's score minus the best other) fall into two heaps while most
-    samples are learned: with T = half the median positive margin, more than ``heap_ratio`` as many
-    lie in (-3T, -T], confidently wrong, as in (-T, T], undecided. Where margins only tail off to the
-    left, as a learner's do, it is the other way round. Without margins, ``2 x confidence - 1`` signed
-    by correctness stands for them. It must hold over ``noise_pools`` pools of ``pool`` samples.
+    *label_noise*: the margins (the label's score minus the best other) fall into two heaps while
+    most samples are learned: with T = half the median positive margin, more than ``heap_ratio`` as
+    many lie in (-3T, -T], confidently wrong, as in (-T, T], undecided. Where margins only tail off
+    to the left, as a learner's do, it is the other way round. Without margins, ``2 x confidence -
+    1`` signed by correctness stands for them. It must hold over ``noise_pools`` pools of ``pool``
+    samples.
 
-    *concentrated_loss*: the largest loss above the smallest, as a ratio to all others' sum above the
-    smallest, is far higher than in the last 32 batches (log, robust z), and a tenth of the samples
-    hold ``top_share`` of that sum. The window takes no batch while a verdict is open.
+    *concentrated_loss*: the largest loss above the smallest, as a ratio to all others' sum above
+    the smallest, is far higher than in the last 32 batches (log, robust z), and a tenth of the
+    samples hold ``top_share`` of that sum. Its window takes no batch
+    while it is open.
 
-    NaN and Inf samples are left out. Only the first ``max_samples`` of a batch are read, for the last
-    two kinds of every second batch (and of each with an unusually large loss).
+    NaN and Inf samples are left out. Only the first ``max_samples`` of a batch are read, for the
+    last two kinds of every second batch (and of each with an unusually large loss).
 
-    Cost: 5 us a batch of 32, 1.9 KB. Source: AUM and confident learning for the margins; the rest is
-    the survey's row on data quality.
+    Cost: 5 us a batch of 32, 1.9 KB. Source: AUM and confident learning for the margins; the rest
+    is the survey's row on data quality.
 
     >>> detector = SampleAnomaly()
     >>> for step in range(60):
@@ -62,7 +65,7 @@ class SampleAnomaly:
 
     @dataclass(frozen=True)
     class Config:
-        """Defaults from simulated healthy batches: normal, exponential, log-normal and 0/1 losses."""
+        """Defaults from simulated healthy batches: normal, exponential and log-normal losses."""
 
         horizon: int = 128  # batches of all watched ranks
         max_ranks: int = 8  # ranks watched for repeats: then the horizon holds 16 batches of each
@@ -164,12 +167,15 @@ class SampleAnomaly:
     def _repeated(self, event: StepEvent, times: int, in_row: int, found: List[Verdict]) -> None:
         config, distinct = self.config, self._batches.distinct
         self._calm = 0
-        stuck = in_row >= config.critical_repeats and distinct > config.max_ranks
+        ranks = min(max(event.world_size or 1, 1), config.max_ranks)
+        stuck = in_row >= config.critical_repeats and distinct > ranks
         if self._kind == "repeated_batch" and not (stuck and self._level == "warn"):
             return
         who = f"rank {event.rank} got" if (event.world_size or 1) > 1 else "the run got"
         often = "in a row" if in_row >= config.min_repeats else f"in {config.horizon} batches"
-        message = f"{who} the same batch {max(times, in_row)} times {often}, after {distinct} others"
+        message = (
+            f"{who} the same batch {max(times, in_row)} times {often}, after {distinct} others"
+        )
         evidence = {
             "times": float(times),
             "in_row": float(in_row),
@@ -233,9 +239,9 @@ class SampleAnomaly:
         ids = event.sample_ids or ()
         who = f"sample {ids[place]}" if place < len(ids) else f"sample number {place}"
         message = (
-            f"a tenth of the samples hold {share:.0%} of the batch's loss above its smallest, {who} "
-            f"alone {math.exp(ratio):.2g} of what all others hold (usual: "
-            f"{math.exp(self._ratios.median):.2g})"
+            f"a tenth of the samples hold {share:.0%} of the batch's loss above its smallest, "
+            f"{who} alone {math.exp(ratio):.2g} of what all others hold together "
+            f"(usually {math.exp(self._ratios.median):.2g})"
         )
         evidence = {
             "log_ratio": ratio,
@@ -286,8 +292,8 @@ class SampleAnomaly:
         heaps = self._heaps
         far, near = heaps.far / heaps.samples, heaps.near / heaps.samples
         message = (
-            f"{far:.1%} of the samples are wrong with high confidence and only {near:.1%} undecided "
-            f"since step {self._noisy_since}: their labels may be wrong"
+            f"since step {self._noisy_since} {far:.1%} of the samples are wrong with high "
+            f"confidence and only {near:.1%} undecided: their labels may be wrong"
         )
         evidence = {
             "far_share": far,

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 
 from plarv import settings
 from plarv.cli.complaint import Complaint
-from plarv_schemas.events import ControlEvent, StepEvent
-from plarv_schemas.journal_reader import SessionReader, segments_of
+from plarv_schemas.events import StepEvent
+from plarv_schemas.journal_reader import SegmentFile, SessionReader, segments_of
 from plarv_schemas.run_log import is_run_dir
 
 __all__ = ["RunState", "find_run", "run_folders", "state_of"]
 
 
 class RunState(NamedTuple):
-    """Where a run's newest session of its lowest rank stands, as far as its journal says."""
+    """Where a run stands, as far as the end of its newest session's journal says."""
 
     folder: Path
-    started_ns: int  # UTC, of the first session
+    started_ns: int  # UTC, of the first session; 0: none has begun
     num_sessions: int
     num_ranks: int
-    last_ns: int  # UTC, of the last event; 0: none
-    last_step: Optional[StepEvent]
-    finished: Optional[str]  # the status it finished with; None: it did not say
     size_bytes: int
+    last_ns: int = 0  # UTC, of the last event; 0: none
+    last_step: Optional[StepEvent] = None
+    finished: Optional[str] = None  # the status it finished with; None: it did not say
 
     def progress_text(self, now_ns: int) -> str:
         """Whether it runs, in words."""
@@ -45,7 +45,7 @@ def run_folders() -> List[Path]:
     """The runs' folders, the newest first."""
     root = runs_root()
     found = [path for path in root.iterdir() if is_run_dir(path)] if root.is_dir() else []
-    return sorted(found, key=lambda path: (-_newest(path), path.name))
+    return sorted(found, key=lambda path: (_changed_ns(path), path.name), reverse=True)
 
 
 def find_run(run: str) -> Path:
@@ -59,22 +59,58 @@ def find_run(run: str) -> Path:
 
 
 def state_of(folder: Path) -> RunState:
-    """The run's state. Reads one segment a session at most, so it is quick for long runs too."""
+    """The run's state. It reads the newest session's last segment alone: quick for long runs too.
+
+    ValueError: a journal of a newer version.
+    """
     sessions = segments_of(folder)
-    newest: Optional[SessionReader] = None
-    newest_key = (0, 0)
-    started: List[int] = []
-    ranks = set()
-    for session, files in sessions.items():
-        ranks.add(files[0].rank)
-        first = SessionReader(folder, files[0].rank, session, files[0].segment)
-        started.append(first.started_ns())
-        first.close()
-        key = (started[-1], -files[0].rank)
-        if files[0].rank >= 0 and (newest is None or key > newest_key):
-            last = max((file for file in files if file.begun), key=lambda file: file.segment)
-            newest, newest_key = SessionReader(folder, last.rank, session, last.segment), key
-    return _state(folder, newest, min(filter(None, started), default=0), len(sessions), ranks)
+    began = {name: _first_ns(folder, files) for name, files in sessions.items()}
+    training = [files for files in sessions.values() if files[0].rank >= 0]
+    newest = max(
+        training, key=lambda files: (began[files[0].session], -files[0].rank), default=None
+    )
+    return _read_end(
+        RunState(
+            folder=folder,
+            started_ns=min((ns for ns in began.values() if ns), default=0),
+            num_sessions=len(training),
+            num_ranks=len({files[0].rank for files in training}),
+            size_bytes=sum(file.path.stat().st_size for each in sessions.values() for file in each),
+        ),
+        newest or [],
+    )
+
+
+def _read_end(state: RunState, files: Sequence[SegmentFile]) -> RunState:
+    """The state with what the last segment of a session that has begun says."""
+    for file in reversed(files):
+        reader = SessionReader(state.folder, file.rank, file.session, file.segment)
+        try:
+            events = reader.read()
+        finally:
+            reader.close()
+        for event in events:
+            state = state._replace(last_ns=event.time_ns or state.last_ns, finished=None)
+            if isinstance(event, StepEvent):
+                state = state._replace(last_step=event)
+            elif event.kind == "session_finished":
+                state = state._replace(finished=str(event.data.get("status", "finished")))
+        if events:
+            break
+    return state
+
+
+def _first_ns(folder: Path, files: Sequence[SegmentFile]) -> int:
+    reader = SessionReader(folder, files[0].rank, files[0].session, files[0].segment)
+    try:
+        return reader.started_ns()
+    finally:
+        reader.close()
+
+
+def _changed_ns(folder: Path) -> int:
+    """When the newest of the run's journals was begun or last written by its file system's account."""
+    return max(file.path.stat().st_mtime_ns for each in segments_of(folder).values() for file in each)
 
 
 def _ago(seconds: float) -> str:

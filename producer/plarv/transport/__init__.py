@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Deque, Protocol
+from typing import Callable, Deque, Protocol
 
 from plarv.decision import CONTINUE, Decision
 from plarv_schemas.events import Action
@@ -18,11 +18,17 @@ class Mailbox:
     are single operations of the interpreter, so no lock is needed.
     """
 
-    __slots__ = ("decision", "actions")
+    __slots__ = ("decision", "actions", "_listener")
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[Decision], None]) -> None:
         self.decision: Decision = CONTINUE
+        self._listener = listener
         self.actions: Deque[Action] = deque(maxlen=256)  # to be applied by the training thread
+
+    def publish(self, decision: Decision) -> None:
+        """A newer decision; ``listener`` hears of it on the transport's thread."""
+        self.decision = decision
+        self._listener(decision)
 
 
 class Transport(Protocol):

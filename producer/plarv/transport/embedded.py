@@ -13,7 +13,7 @@ from plarv.decision import Decision
 from plarv.faults import Faults
 from plarv.transport import Mailbox
 from plarv_processors.engine import EngineConfig
-from plarv_processors.stored_fold import Record, StoredFold
+from plarv_processors.stored_fold import FOLD_LOCK, Record, StoredFold
 from plarv_schemas.events import Action, Verdict
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.locks import FileLock
@@ -60,7 +60,7 @@ class EmbeddedTransport:
         self._tell = tell
         self._tend = tend
         self._config = config
-        self._lock = FileLock(folder / "fold.lock")
+        self._lock = FileLock(folder / FOLD_LOCK)
         self._fold: Optional[StoredFold] = None
         self._follow = _Follower(folder)
         self._stop = threading.Event()
@@ -165,14 +165,16 @@ class EmbeddedTransport:
         engine, before = fold.engine, self._mailbox.decision
         policy = engine.policy
         newest = before.newest_action if before.attempt == engine.attempt else None
-        self._mailbox.decision = Decision(
-            engine.step if engine.step >= 0 else None,
-            policy.recommendation(),
-            policy.harm_pressure,
-            policy.open_verdicts(),
-            newest.reason if newest else "",
-            engine.attempt,
-            newest,
+        self._mailbox.publish(
+            Decision(
+                engine.step if engine.step >= 0 else None,
+                policy.recommendation(),
+                policy.harm_pressure,
+                policy.open_verdicts(),
+                newest.reason if newest else "",
+                engine.attempt,
+                newest,
+            )
         )
 
     def _deliver(self, records: List[Record], decision: Optional[Decision]) -> None:
@@ -180,15 +182,19 @@ class EmbeddedTransport:
         mailbox = self._mailbox
         for record in records:
             if isinstance(record, Action):
-                newest = mailbox.decision._replace(newest_action=record, reason=record.reason)
-                mailbox.decision = newest._replace(attempt=record.attempt)
+                mailbox.publish(
+                    mailbox.decision._replace(
+                        newest_action=record, reason=record.reason, attempt=record.attempt
+                    )
+                )
                 if any(session == self._writer.session for session, _ in record.sessions):
                     mailbox.actions.append(record)
                     self._writer.hold(True)
             self._tell(record)
         if decision is not None:
-            mailbox.decision = decision._replace(
-                newest_action=mailbox.decision.newest_action, reason=mailbox.decision.reason
+            newest = mailbox.decision.newest_action
+            mailbox.publish(
+                decision._replace(newest_action=newest, reason=newest.reason if newest else "")
             )
         if mailbox.actions:  # again and again: the training thread may have let go in between
             self._writer.hold(True)
