@@ -27,14 +27,15 @@ LADDER: Tuple[ActionKind, ...] = (
 RESPONSES: Mapping[Tuple[str, str], Tuple[ActionKind, float]] = {
     ("non_finite", "loss_non_finite"): ("WARN", 1.5),
     ("non_finite", "dead"): ("PAUSE", 3.0),
-    ("non_finite", "masked"): ("PAUSE", 3.0),
+    ("non_finite", "masked_non_finite"): ("PAUSE", 3.0),
     ("non_finite", "scaler_collapse"): ("PAUSE", 2.5),
     ("loss_spike", "confirmed"): ("SET_LR", 1.5),
     ("loss_divergence", "diverged"): ("SET_LR", 2.0),
     ("loss_oscillation", "growing"): ("SET_LR", 1.5),
     ("gradient_explosion", "confirmed"): ("SET_LR", 1.5),
-    ("gradient_collapse", "collapsed"): ("PAUSE", 2.5),
+    ("gradient_collapse", "vanished"): ("PAUSE", 2.5),
     ("optimizer_corruption", "confirmed"): ("RESET_OPTIMIZER", 2.0),
+    ("optimizer_corruption", "poisoned_moments"): ("RESET_OPTIMIZER", 1.5),
     ("fleet_skew", "replica_disagreement"): ("PAUSE", 2.5),
     ("fleet_skew", "hardware"): ("PAUSE", 2.5),
 }
@@ -85,7 +86,7 @@ class Policy:
         expiry_steps: int = 200  # an action not applied by then is void
         warn_budget: int = 20  # warnings in an attempt before they are only counted, per detector
         release: float = 0.99  # of the harm pressure that is left after a step without harm
-        lead_ms: float = 1500.0  # that all ranks are given to hear of an action
+        lead_ms: float = 600.0  # that all ranks are given to hear of an action: 4 looks and a store
         min_lead_steps: int = 8
         max_lead_steps: int = 512
 
@@ -170,6 +171,8 @@ class Policy:
             self.accept_operator = event.data.get("accept_operator") is True
         elif kind in ("action_refused", "action_dropped", "action_expired"):
             self._forget(str(event.data.get("kind", "")))
+        elif kind == "action_applied" and event.data.get("kind") == "SET_LR":
+            self._lowered_at = step  # from here on it is given its time
         elif kind == "order" and event.data.get("order") in _ORDERS:
             order = str(event.data["order"])
             self._paused = order == "pause" or (self._paused and order != "resume")
@@ -236,11 +239,12 @@ class Policy:
         lowered = self._lowered_at
         if lowered is None or step - lowered < self.config.patience_steps:
             return None
-        for fields in self._open.values():
-            found = Verdict(*fields)
-            if _response(found)[0] == "SET_LR" and found.level == "critical":
-                return found
-        return None
+        uncured = [
+            found
+            for found in self.open_verdicts()
+            if _response(found)[0] == "SET_LR" and found.level == "critical"
+        ]
+        return max(uncured, key=_harm_of) if uncured else None
 
     def _answer(
         self, kind: ActionKind, found: Verdict, event: StepEvent, place: Place
@@ -267,7 +271,7 @@ class Policy:
                 if self._lowerings >= config.max_lowerings:
                     return None
                 why = self._lower(parameters, why)
-                self._lowered_at = step
+                self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
                 self._lowerings += 1
             elif kind == "PAUSE":
                 if self._paused:
@@ -350,6 +354,10 @@ class Policy:
             self._paused = False
         if kind == "SET_LR":
             self._lowered_at = None
+
+
+def _harm_of(found: Verdict) -> float:
+    return _response(found)[1]
 
 
 _LRS = 64

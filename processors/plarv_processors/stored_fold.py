@@ -14,7 +14,7 @@ from typing import IO, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.snapshot import pack, unpack
-from plarv_schemas.events import Action, Verdict
+from plarv_schemas.events import Action, ControlEvent, Verdict
 from plarv_schemas.locks import FileLock
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import RunLog
@@ -48,6 +48,7 @@ class StoredFold:
         self._outputs: Dict[str, IO[bytes]] = {}
         self._known: Set[str] = set()
         self._saved_at = -1
+        self.running: Set[str] = set()  # sessions of training processes that have not finished
         if writing:
             self._resume()
 
@@ -60,12 +61,20 @@ class StoredFold:
         found: List[Record] = []
         fold = self.engine.fold
         for event in events:
+            if isinstance(event, ControlEvent):
+                self._note(event)
             records = fold(event)
             if records:
                 found.extend(records)
         if found and self._writing:
             found = self._write(found)
         return len(events), found
+
+    def _note(self, event: ControlEvent) -> None:
+        if event.kind == "session_started":
+            self.running.add(event.session)
+        elif event.kind == "session_finished":
+            self.running.discard(event.session)
 
     @property
     def skipped(self) -> int:

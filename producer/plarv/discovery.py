@@ -6,6 +6,7 @@ Everything here answers ``None`` or an empty dict where it cannot tell, and neve
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union, cast
 
@@ -78,7 +79,7 @@ def unwrap(model: object) -> object:
     for _ in range(_MAX_WRAPPERS):
         inner = None
         for name in _WRAPPERS:
-            candidate = getattr(model, name, None)
+            candidate = _get(model, name)
             if torch is not None and isinstance(candidate, torch.nn.Module):
                 inner = candidate
         if inner is None:
@@ -98,8 +99,8 @@ def total_steps_of(dataloader: object, epochs: Optional[int] = None) -> Optional
 
 def batch_size_of(dataloader: object) -> Optional[int]:
     """Samples in a batch as the loader, or its batch sampler, declares them."""
-    for owner in (dataloader, getattr(dataloader, "batch_sampler", None)):
-        size: object = getattr(owner, "batch_size", None)
+    for owner in (dataloader, _get(dataloader, "batch_sampler")):
+        size: object = _get(owner, "batch_size")
         if isinstance(size, int) and size > 0:
             return size
     return None
@@ -110,9 +111,8 @@ def find_optimizer(parameters: Iterable[object]) -> Optional[OptimizerSearch]:
 
     ``None`` where torch is not loaded or has no such hook (before 2.0).
     """
-    torch = loaded_torch()
-    optimizers = None if torch is None else torch.optim.optimizer
-    register = getattr(optimizers, "register_optimizer_step_post_hook", None)
+    optimizers = sys.modules.get("torch.optim.optimizer")  # no longer an attribute of torch.optim
+    register: Any = getattr(optimizers, "register_optimizer_step_post_hook", None)
     return None if register is None else OptimizerSearch(parameters, register)
 
 
@@ -177,11 +177,10 @@ def scheduler_of(optimizer: object) -> Optional[object]:
     Asks the garbage collector, which looks at every object: tens of milliseconds in a large
     process. For the rare moment in which a learning rate is changed.
     """
-    torch = loaded_torch()
-    if torch is None:
+    schedulers = sys.modules.get("torch.optim.lr_scheduler")
+    kind: Any = getattr(schedulers, "LRScheduler", getattr(schedulers, "_LRScheduler", None))
+    if kind is None:
         return None
-    schedulers: Any = torch.optim.lr_scheduler
-    kind: Any = getattr(schedulers, "LRScheduler", None) or schedulers._LRScheduler
     found: Dict[int, object] = {}
     for referrer in gc.get_referrers(optimizer):
         owners: List[object] = [referrer]
@@ -211,7 +210,10 @@ def _from_config(model: Any) -> Description:
 def _get(config: object, name: str) -> Any:
     if isinstance(config, Mapping):
         return cast(Mapping[object, object], config).get(name)
-    return getattr(config, name, None)
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - lazy objects raise what they like
+        return None
 
 
 def _from_modules(model: Any) -> Description:

@@ -65,6 +65,7 @@ class GradientProbe:
         self._scaler = LossScalerSearch()
         self._active = False
         self._queued = False
+        self._is_first = False
         self._learning: Optional[List[Set[int]]] = None
         self._arrived: Set[int] = set()
         self._fresh = GradientSignals()
@@ -91,6 +92,7 @@ class GradientProbe:
         with self._guard:
             if not self._hooks:
                 self._hook_only(_spread(self._trainable(), _MAX_HOOKS))
+                self._is_first = True
         return bool(self._hooks)
 
     def watch(self, optimizer: object) -> bool:
@@ -185,6 +187,8 @@ class GradientProbe:
     def _adapt(self, measured: bool) -> None:
         if self._guard.failures >= _MAX_FAILURES:
             self.detach()
+        elif not measured and self._is_first:
+            pass  # attached after this step's backward, perhaps
         elif not measured and self._learning is None:
             self._learning = []
             self._hook_only(self._trainable())
@@ -199,6 +203,7 @@ class GradientProbe:
                 self._learning = None
                 self._hook_only(sorted(chosen))
         self._arrived = set()
+        self._is_first = False
 
     def _trainable(self) -> List[int]:
         alive = enumerate(reference() for reference in self._references)

@@ -38,7 +38,7 @@ def order(run: str, kind: str, operator: Optional[str] = None) -> str:
     ``accept_operator=True``). Where none is, the log is folded here and now, so that ``resume`` lifts
     a pause for the next attempt.
     """
-    from plarv_processors.stored_fold import fold_rest
+    from plarv.transport.embedded import fold_rest  # the one that may look upward
 
     if kind not in ORDERS:
         raise OrderError(f"an order is one of {', '.join(ORDERS)}, not {kind!r}")

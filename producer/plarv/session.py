@@ -84,6 +84,7 @@ class Session:
             self.mailbox,
             self.faults,
             may_lead=identity.local_rank == 0,
+            several=identity.local_world_size > 1,
             journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
             tell=self._tell,
             tend=self._tend,

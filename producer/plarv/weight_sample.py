@@ -32,8 +32,8 @@ class _Stratum(NamedTuple):
 class WeightSample:
     """Equally spaced blocks of the parameters, always the same ones: at most ``size`` elements.
 
-    A norm over the n sampled elements of a stratum (vectors, matrices) is extrapolated to all its N:
-    an L1 norm times N / n, a squared L2 norm too. Blocks lie on the device that holds most weights.
+    What is summed over the n sampled elements of a stratum (vectors, matrices), absolute values or
+    squares, is extrapolated to all its N elements by N / n. Blocks lie on the device that holds most weights.
     A missing gradient counts as zeros; a tensor whose elements are not contiguous in memory is
     left out of n. Nothing is copied but the sample, and nothing waits for the device.
     """

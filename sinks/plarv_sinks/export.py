@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig
-from plarv_processors.stored_fold import base_of, read_records
+from plarv_processors.stored_fold import base_of
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TABLES, TableName
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.pyarrow_types import require_pyarrow
+from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import RunLog, is_run_dir
 from plarv_sinks.curve import ReplayError, Tell
 
@@ -208,17 +209,14 @@ def _say_where_it_begins(run_dir: Path, base: int, tell: Tell) -> None:
 
 def _recorded(run_dir: Path, base: int) -> Iterator[Union[Verdict, Action]]:
     """The verdicts and actions up to `base`, as the live fold wrote them down."""
-    for record in read_records(run_dir):
-        try:
-            finding: Union[Verdict, Action] = (
-                Verdict.from_dict(record)
-                if record.get("type") == "verdict"
-                else Action.from_dict(record)
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue
-        if finding.ordinal <= base:
-            yield finding
+    for file, read in ((VERDICTS_FILE, Verdict.from_dict), (ACTIONS_FILE, Action.from_dict)):
+        for record in read_lines(run_dir / file):
+            try:
+                finding: Union[Verdict, Action] = read(record)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue  # a line that was cut
+            if finding.ordinal <= base:
+                yield finding
 
 
 def _take_base_along(run_dir: Path, output: Path, base: Optional[int]) -> None:

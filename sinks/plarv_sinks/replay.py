@@ -42,27 +42,28 @@ class RunSummary:
 
     __slots__ = (
         "run_id", "num_steps", "num_verdicts", "num_actions",
-        "_first_ns", "_last_ns", "_steps_ms", "_timed", "_low", "_high",
+        "_first_ns", "_last_ns", "_rank", "_step", "_steps_ms", "_timed", "_low", "_high",
     )  # fmt: skip
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
-        self.num_steps = 0  # step events, of all ranks
+        self.num_steps = 0  # of one rank; an evaluation at a step that was counted adds none
         self.num_verdicts = 0
         self.num_actions = 0
         self._first_ns: Optional[int] = None
         self._last_ns: Optional[int] = None
+        self._rank: Optional[int] = None  # the one that is counted: the first seen
+        self._step: Optional[int] = None  # last one counted
         self._steps_ms = 0.0
-        self._timed = 0  # steps of rank 0 with a time
-        self._low: Optional[int] = None
-        self._high = 0
+        self._timed = 0  # steps with a time
+        self._low = self._high = 0
 
     @property
     def duration_s(self) -> Optional[float]:
         """From the first event to the last; without times, steps times the mean step; else None."""
         if self._first_ns is not None and self._last_ns is not None:
             return max(0.0, (self._last_ns - self._first_ns) * 1e-9)
-        if self._low is None or self._timed == 0:
+        if self._timed == 0:
             return None
         return (self._high - self._low + 1) * self._steps_ms / self._timed * 1e-3
 
@@ -74,11 +75,14 @@ class RunSummary:
             self._last_ns = event.time_ns
         if not isinstance(event, StepEvent):
             return
-        self.num_steps += 1
-        if event.rank:
+        if self._rank is None:
+            self._rank, self._low, self._high = event.rank, event.step, event.step
+        if event.rank != self._rank:
             return
-        self._low = event.step if self._low is None else min(self._low, event.step)
-        self._high = max(self._high, event.step)
+        if event.step != self._step:
+            self._step = event.step
+            self.num_steps += 1
+            self._low, self._high = min(self._low, event.step), max(self._high, event.step)
         took = event.step_time_ms
         if took is not None and took - took == 0.0:
             self._steps_ms += took
@@ -120,7 +124,7 @@ def engine_for(path: Path, config: EngineConfig, tell: Tell) -> Engine:
     if base is not None and base >= 0:
         tell(f"{path}: begins at the event of ordinal {base + 1:,}; older ones were removed")
     elif base is not None:
-        tell(f"{path}: older events were removed and these detectors were not there: all start anew")
+        tell(f"{path}: older events were removed; the fold's state there is of other detectors")
     return engine
 
 

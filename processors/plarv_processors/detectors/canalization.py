@@ -56,7 +56,7 @@ class Canalization:
         """Defaults: traced healthy runs under five optimizers, and faults put into them."""
 
         window: int = 64  # values of the participation
-        thin: int = 8  # one value in so many enters a full window: it spans 512 of them
+        thin: int = 4  # one value in so many enters a full window: it spans 256 of them
         min_history: int = 40  # values; the first ones of a run move by themselves
         fall_ratio: float = 3.0  # times below the median; healthy runs reach 1.2
         fall_z: float = 8.0  # robust standard deviations

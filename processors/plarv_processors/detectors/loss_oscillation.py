@@ -17,23 +17,23 @@ __all__ = ["LossOscillation"]
 class LossOscillation:
     """Fires when the loss alternates, or when its swings grow while it gains nothing.
 
-    log(loss) is read in blocks of ``block``. Of each block are kept its mean, its swing (the mean step
-    between neighbours, its trend taken out) and its autocorrelation at lag 1. The swing of several
-    blocks is their median, so that one jump, a spike or a restart, moves none. No swing below
-    ``swing_floor`` counts.
+    log(loss) is read in blocks of ``block``. Of each block are kept its mean, its swing (the mean
+    step between neighbours, its trend taken out) and its autocorrelation at lag 1. The swing of
+    several blocks is their (lower) median, so that one jump, a spike or a restart, moves none. No
+    swing below ``swing_floor`` counts.
 
     - *period_two* (warn): the autocorrelation is ``alternating`` or less on average over ``recent``
-      blocks, or ``weakly_alternating`` over twice as many, and the swing is ``onset_ratio`` times the
-      calmest it was: what alternates from its first steps on (two data sets in turn) does so by
-      design.
-    - *growing* (warn): the swing of the ``recent`` blocks is ``growth`` times that of up to ``history``
-      before, and their mean loss is not lower.
-    - Either becomes *growing* (critical) when the swing reaches ``runaway`` times that of the opening,
-      still without gain.
+      blocks, or ``weakly_alternating`` over twice as many, and the swing is ``onset_ratio`` times
+      the calmest it was: what alternates from its first steps on (two data sets in turn) does so
+      by design.
+    - *growing* (warn): the swing of the ``recent`` blocks is ``growth`` times that of up to
+      ``history`` before, and their mean loss is not lower.
+    - Either becomes *growing* (critical) when the swing reaches ``runaway`` times that of the
+      opening, still without gain.
 
     Resolved when nothing alternates and the swing is back within ``calm_ratio`` of what it was, or
-    after ``adopt_blocks``: then it is the new normal. A loss of exactly 0 is passed over; one below 0
-    is no loss to minimise, and from there on there is silence.
+    after ``adopt_blocks``: then it is the new normal. A loss of exactly 0 is passed over; one below
+    0 is no loss to minimise, and from there on there is silence.
 
     Cost: O(1) a step on average, 64 doubles. Source: the edge of stability (Cohen et al. 2021):
     being there is normal, so only a change counts.
@@ -43,7 +43,7 @@ class LossOscillation:
     ...     swing = 0.2 * (-1) ** step if step >= 400 else 0.01 * (step % 3)
     ...     for found in detector.update(StepEvent("run", "s", step, 0, step, loss=2.0 + swing)):
     ...         print(found.step, found.kind, found.level, found.state)
-    447 growing warn opened
+    447 period_two warn opened
     """
 
     name: ClassVar[str] = "loss_oscillation"
@@ -77,8 +77,8 @@ class LossOscillation:
                 raise ValueError("swing_floor must not be negative, adopt_blocks at least 1")
 
     __slots__ = (
-        "config", "version", "_off", "_passed", "_block", "_means", "_swings", "_lags", "_calmest", "_kind",
-        "_level", "_onset", "_open", "_before", "_mean_before", "_at_opening",
+        "config", "version", "_off", "_passed", "_block", "_means", "_swings", "_lags",
+        "_calmest", "_kind", "_level", "_onset", "_open", "_before", "_mean_before", "_at_opening",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -190,18 +190,17 @@ class LossOscillation:
     def _verdict(self, event: StepEvent, now: float, state: VerdictState) -> Verdict:
         kind, lag = self._kind or "growing", _average(self._lags)
         mean = _average(self._means[-self.config.recent :])
+        swings = f"loss swings by {now:.2%} from step to step, {self._before:.2%} before"
         if state == "resolved":
-            what = f"loss swings by {now:.2%} from step to step, {self._before:.2%} before step {self._onset}"
+            what = f"{swings} step {self._onset}"
         elif kind == "period_two":
             what = (
-                f"loss alternates, up by {now:.2%} at one step and down at the next (autocorrelation "
-                f"{lag:.2f}): the learning rate is past the edge of stability"
+                f"loss alternates by {now:.2%} from step to step (autocorrelation {lag:.2f}): the "
+                "learning rate is past the edge of stability"
             )
         else:
-            what = (
-                f"loss swings by {now:.2%} from step to step, {self._before:.2%} before, and gains "
-                f"nothing: {math.exp(min(mean, 700.0)):.4g} against {math.exp(min(self._mean_before, 700.0)):.4g}"
-            )
+            level, level_before = (math.exp(min(x, 709.0)) for x in (mean, self._mean_before))
+            what = f"{swings}, and gains nothing: {level:.4g} against {level_before:.4g}"
         growing = kind == "growing"
         return verdict(
             self,
@@ -225,7 +224,7 @@ class LossOscillation:
         )
 
 
-def _measure(block: "array[float]") -> Tuple[float, float, float]:
+def _measure(block: array[float]) -> Tuple[float, float, float]:
     """Mean, mean step between neighbours about their trend, and autocorrelation at lag 1."""
     size = len(block)
     total = 0.0
@@ -249,7 +248,7 @@ def _measure(block: "array[float]") -> Tuple[float, float, float]:
     return mean, swing, covariance / variance if variance > 0.0 else 0.0
 
 
-def _average(values: "array[float]") -> float:
+def _average(values: array[float]) -> float:
     total = 0.0
     for value in values:
         total += value

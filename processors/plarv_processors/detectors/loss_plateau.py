@@ -12,6 +12,8 @@ from plarv_schemas.events import Level, StepEvent, Verdict, VerdictState
 
 __all__ = ["LossPlateau"]
 
+_LARGEST = 1e290  # what may be averaged without an overflow
+
 
 class LossPlateau:
     """Fires when a run has not learnt anything for three quarters of its life.
@@ -55,7 +57,9 @@ class LossPlateau:
         progress: float = 0.02  # of the level at a quarter of the run
         rise: float = 0.05  # of it; more is not standing still
         start_share: float = 0.5  # of the first loss; GPT-2 from 11 ends at 0.3 of it
-        quiet: float = 0.02  # of the level, robust deviation inside a block; at chance 0.002 to 0.01
+        quiet: float = (
+            0.02  # of the level, robust deviation inside a block; at chance 0.002 to 0.01
+        )
         resume: float = 0.03  # of the level it stood at
         resume_blocks: int = 2  # blocks
         lr_share: float = 0.05  # of the largest learning rate so far
@@ -106,7 +110,7 @@ class LossPlateau:
                 self._lr_max = lr
             elif lr <= self._lr_max * self.config.lr_share:
                 return ()
-        if loss <= 0.0:
+        if loss <= 0.0 or loss > _LARGEST:
             return self._switch_off(event) if loss < 0.0 else ()
         block = self._block
         block.append(loss)
@@ -125,7 +129,7 @@ class LossPlateau:
         if self._open:
             return self._follow(event, level)
         # 0.7413 x the interquartile range is the deviation of a normal distribution.
-        noise = 0.7413 * (ordered[3 * size // 4] - ordered[size // 4]) / level
+        noise = min(1.0, 0.7413 * (ordered[3 * size // 4] - ordered[size // 4]) / level)
         self._count += size
         weight = max(size / self._count, 0.125)
         self._noise += weight * (noise - self._noise)
@@ -147,7 +151,7 @@ class LossPlateau:
             return ()
         now, quarter = levels[-1], levels[len(levels) // 4]
         still = quarter * (1.0 - config.progress) < now < quarter * (1.0 + config.rise)
-        if not still or self._noise > config.quiet or now <= config.start_share * self._start:
+        if not still or not self._noise <= config.quiet or now <= config.start_share * self._start:
             return ()
         self._open, self._stood, self._better = True, now, 0
         self._onset = event.step

@@ -69,9 +69,13 @@ class NonFinite:
         dead_losses: int = 3  # in a row; one or two can be a bad batch, skipped by the trainer
         masked_losses: int = 2  # in a row, 0.0 with a non-finite gradient norm
         collapse_skips: int = 5  # steps in a row; tr8b-104B skipped five, then never recovered
-        scaled_skips: int = 3  # in a row, to be told where the scale is known; DeepSpeed often does 2
+        scaled_skips: int = (
+            3  # in a row, to be told where the scale is known; DeepSpeed often does 2
+        )
         start_skips: int = 40  # Megatron starts at 2**32 and may halve down to 1
-        sporadic_window: int = 16  # events; apex skips one in 2,000, Time-MoE's faulty run two in 10
+        sporadic_window: int = (
+            16  # events; apex skips one in 2,000, Time-MoE's faulty run two in 10
+        )
         calm: int = 16  # events without a finding, to resolve
         adopt_after: int = 64  # events after which a level that stays high is the new normal
         min_history: int = 20  # events before deviations count
@@ -102,7 +106,7 @@ class NonFinite:
     def __init__(self, config: Optional[Config] = None) -> None:
         self.config = config or self.Config()
         self.version = fingerprint(self.name, self.config)
-        self._ranks: Dict[int, "array[float]"] = {}
+        self._ranks: Dict[int, array[float]] = {}
         self._loss_rise = math.log(self.config.overflow_loss_rise)
         self._grad_rise = math.log(self.config.overflow_rise)
         self._max_rise = math.log(self.config.overflow_max_rise)
@@ -139,7 +143,7 @@ class NonFinite:
             state[_LOST] = 0.0
         return self._rest(event, state) if state[_KIND] else ()
 
-    def _lost(self, event: StepEvent, state: "array[float]", kind: int) -> Tuple[Verdict, ...]:
+    def _lost(self, event: StepEvent, state: array[float], kind: int) -> Tuple[Verdict, ...]:
         """A loss that is not there: NaN, Inf, or 0.0 in its place."""
         config = self.config
         if state[_LOST] == 0.0:
@@ -153,7 +157,7 @@ class NonFinite:
             kind, limit = _DEAD, config.dead_losses
         return self._found(event, state, kind, state[_LOST_AT], lost, limit)
 
-    def _skipped(self, event: StepEvent, state: "array[float]") -> Tuple[Verdict, ...]:
+    def _skipped(self, event: StepEvent, state: array[float]) -> Tuple[Verdict, ...]:
         """A step that the loss scaler skipped, or that a scaler would have skipped."""
         config = self.config
         loss, grad, scale, before = event.loss, event.grad_norm, event.loss_scale, state[_SCALE]
@@ -176,7 +180,9 @@ class NonFinite:
         state[_SINCE_SKIP] = 0.0
         state[_CALM] = 0.0
         if scale is not None and scale < 1.0 <= before:
-            return self._found(event, state, _SCALER, state[_SKIPS_AT], before / max(scale, 1e-300), 1)
+            return self._found(
+                event, state, _SCALER, state[_SKIPS_AT], before / max(scale, 1e-300), 1
+            )
         if not state[_SETTLED]:
             kind, limit = _GRAD, config.start_skips
         elif skips >= config.collapse_skips:
@@ -190,7 +196,7 @@ class NonFinite:
         return self._found(event, state, kind, state[_SKIPS_AT], skips, limit)
 
     def _watch(
-        self, event: StepEvent, state: "array[float]", loss: float, grad: float
+        self, event: StepEvent, state: array[float], loss: float, grad: float
     ) -> Tuple[Verdict, ...]:
         """Looks for a runaway in the logarithms of loss and gradient norm, or learns from them."""
         config, seen = self.config, state[_SEEN]
@@ -203,7 +209,12 @@ class NonFinite:
                 and grad - state[_GRAD_MAX] >= self._grad_rise
             ):
                 return self._found(
-                    event, state, _OVERFLOW, event.step, math.exp(rise), config.overflow_rise
+                    event,
+                    state,
+                    _OVERFLOW,
+                    event.step,
+                    math.exp(min(rise, 709.0)),
+                    config.overflow_rise,
                 )
         if state[_KIND]:
             if high and state[_KIND] == _OVERFLOW:
@@ -215,7 +226,7 @@ class NonFinite:
     def _found(
         self,
         event: StepEvent,
-        state: "array[float]",
+        state: array[float],
         kind: int,
         onset: float,
         score: float,
@@ -236,7 +247,7 @@ class NonFinite:
             ),
         )
 
-    def _rest(self, event: StepEvent, state: "array[float]") -> Tuple[Verdict, ...]:
+    def _rest(self, event: StepEvent, state: array[float]) -> Tuple[Verdict, ...]:
         """An event without a finding while a verdict is open."""
         config = self.config
         state[_CALM] += 1.0
@@ -253,7 +264,7 @@ class NonFinite:
     def _verdict(
         self,
         event: StepEvent,
-        state: "array[float]",
+        state: array[float],
         level: Level,
         verdict_state: VerdictState,
         score: float,
@@ -294,14 +305,14 @@ class NonFinite:
         )
 
 
-def _fresh() -> "array[float]":
+def _fresh() -> array[float]:
     state = array("d", bytes(8 * _WIDTH))
     state[_SINCE_SKIP] = math.inf
     return state
 
 
 def _learn(
-    state: "array[float]", loss: float, grad: float, rise: float, memory: int, floor: float
+    state: array[float], loss: float, grad: float, rise: float, memory: int, floor: float
 ) -> None:
     """Takes the logarithms of one healthy step into the running means and maxima."""
     seen = state[_SEEN] + 1.0
@@ -325,7 +336,7 @@ def _learn(
         state[_GRAD_MAX] = grad
 
 
-def _message(kind: int, event: StepEvent, state: "array[float]") -> str:
+def _message(kind: int, event: StepEvent, state: array[float]) -> str:
     """What was found, in one sentence."""
     rank, lost, skips = event.rank, state[_LOST], state[_SKIPS]
     if kind == _OVERFLOW:
@@ -336,7 +347,10 @@ def _message(kind: int, event: StepEvent, state: "array[float]") -> str:
         )
     scale = "" if event.loss_scale is None else f", loss scale {event.loss_scale:g}"
     if kind == _GRAD:
-        return f"grad_norm is {event.grad_norm} on rank {rank}, {skips:.0f} in a row under a finite loss{scale}"
+        return (
+            f"grad_norm is {event.grad_norm} on rank {rank} under a finite loss, {skips:.0f} such "
+            f"steps in a row{scale}: they were skipped, or should have been"
+        )
     if kind == _SCALER:
         return f"{skips:.0f} steps in a row were skipped on rank {rank}{scale}: the weights stand still"
     if kind == _MASKED:

@@ -14,6 +14,7 @@ __all__ = ["OptimizerCorruption"]
 
 _HEALTH = LOCAL_CHECKS.index("optimizer_health")
 _CRITICAL = LEVELS.index("critical")
+_UNBROKEN = (0.0, 1.0, 0.0)
 
 
 class OptimizerCorruption:
@@ -73,6 +74,7 @@ class OptimizerCorruption:
         double_ratio: float = 1.6  # times the median
         double_patience: int = 12  # updates in a row; fewer are a batch's doing
         tie: float = 2.0  # scales within this factor are equally stable
+        other_share: float = 0.5  # of the break, that the other law must show on average
         outlast: int = 4  # times the longest row of zeros that ended by itself
         never_moved: int = 50  # zeros in a row
         lr_share: float = 1e-2  # of the peak learning rate
@@ -104,6 +106,7 @@ class OptimizerCorruption:
         "config", "version", "_log_double", "_adam", "_sgd", "_peak", "_grad", "_kind",
         "_critical", "_onset", "_score", "_odd", "_large", "_severe", "_sign", "_since", "_zeros",
         "_longest", "_watched", "_calm", "_local", "_local_since", "_ratio", "_lr", "_settled",
+        "_rises", "_others",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -126,6 +129,8 @@ class OptimizerCorruption:
         self._odd = 0  # broken updates in a row, all on the same side
         self._large = 0  # of these, at the end, by ``ratio``
         self._severe = 0  # of these, at the end, by ``severe_ratio``
+        self._rises = 0.0  # sum over these, of the judging law's breaks in nats
+        self._others = 0.0  # and of the other law's
         self._sign: int = 1  # of these breaks: 1 too large, -1 too small
         self._since = 0  # step of the first broken or missing update of the row
         self._zeros = 0  # in a row
@@ -184,15 +189,19 @@ class OptimizerCorruption:
             self._longest = max(self._longest, self._zeros)
         self._zeros = 0
         judged = self._break(by_lr, by_grad)
+        if judged is not None and self._odd == 0 and abs(judged[0]) >= math.log(self.config.ratio):
+            self._adam.refresh()  # a row may begin: judged by a past that is up to date
+            self._sgd.refresh()
+            judged = self._break(by_lr, by_grad)
         if judged is None:
             return self._odd > 0, ()
-        rise, scale = judged
+        rise, scale, other = judged
         broken = abs(rise) >= self._log_double and abs(rise) >= self.config.z * scale
         self._ratio = math.exp(min(rise, 700.0))
         if broken and event.step < self._settled:
             return True, ()
         if broken:
-            self._note_odd(event, rise)
+            self._note_odd(event, rise, other)
             self._score = abs(rise) / scale
         else:
             self._odd = self._large = self._severe = 0
@@ -201,52 +210,58 @@ class OptimizerCorruption:
         kind = self._kind_of_row()
         return broken, (self._open(event, kind, self._since) if kind else ())
 
-    def _break(self, by_lr: float, by_grad: Optional[float]) -> Optional[Tuple[float, float]]:
-        """How far off the judging law is, in nats, and its scale; None when it cannot be asked."""
+    def _break(
+        self, by_lr: float, by_grad: Optional[float]
+    ) -> Optional[Tuple[float, float, float]]:
+        """How far off the judging law is, its scale, how far the other is; None if it can't say."""
         config, adam, sgd = self.config, self._adam, self._sgd
         if adam.count < config.min_history:
-            return 0.0, 1.0
-        scale, rise = max(adam.scale, config.floor), by_lr - adam.median
+            return _UNBROKEN
+        rise, scale = by_lr - adam.median, max(adam.scale, config.floor)
         if sgd.count < config.min_history:
-            return rise, scale
+            return rise, scale, rise
         sgd_scale = max(sgd.scale, config.floor)
-        if config.tie * scale < sgd_scale:
-            return rise, scale
-        if by_grad is None:
-            return None
+        if by_grad is None:  # Adam's law may do alone, where it is the better one
+            return (rise, scale, rise) if config.tie * scale < sgd_scale else None
         sgd_rise = by_grad - sgd.median
+        if config.tie * scale < sgd_scale:
+            return rise, scale, sgd_rise
         if config.tie * sgd_scale < scale:
-            return sgd_rise, sgd_scale
+            return sgd_rise, sgd_scale, rise
         if rise * sgd_rise <= 0.0:
-            return 0.0, 1.0
-        return (
-            (rise, scale)
-            if abs(rise) / scale < abs(sgd_rise) / sgd_scale
-            else (sgd_rise, sgd_scale)
-        )
+            return _UNBROKEN
+        if abs(rise) / scale < abs(sgd_rise) / sgd_scale:
+            return rise, scale, sgd_rise
+        return sgd_rise, sgd_scale, rise
 
-    def _note_odd(self, event: StepEvent, rise: float) -> None:
+    def _note_odd(self, event: StepEvent, rise: float, other: float) -> None:
         sign = 1 if rise > 0.0 else -1
         if self._odd == 0 or sign != self._sign:
             self._odd = self._large = self._severe = 0
             self._sign, self._since = sign, event.step
+            self._rises = self._others = 0.0
         self._odd += 1
+        self._rises += rise
+        self._others += other
         self._large = self._large + 1 if abs(rise) >= math.log(self.config.ratio) else 0
         self._severe = self._severe + 1 if abs(rise) >= math.log(self.config.severe_ratio) else 0
 
     def _kind_of_row(self) -> Optional[str]:
         """What the broken updates in a row amount to, if anything."""
         config = self.config
+        explained = self._others * self._sign < config.other_share * abs(self._rises)
+        if explained or (self._sign < 0 and not self._large):
+            if self._odd >= config.double_patience:
+                self._adam.clear()  # a gradient of another size, or updates a bit smaller
+                self._sgd.clear()
+                self._odd = self._large = self._severe = 0
+            return None
         if self._local and self._odd >= 2:
             return "confirmed"
         if self._large >= config.patience:
             return "poisoned_moments"
-        if self._odd >= config.double_patience:
-            if self._sign > 0:
-                return "doubled_update"
-            self._adam.clear()  # smaller, but not by much: a new normal
-            self._sgd.clear()
-            self._odd = 0
+        if self._sign > 0 and self._odd >= config.double_patience:
+            return "doubled_update"
         return None
 
     def _follow(self, event: StepEvent, broken: bool) -> Tuple[Verdict, ...]:

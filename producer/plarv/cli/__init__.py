@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Runs one command and gives its exit code; a reader that leaves early (``| head``) is no error."""
+    """Runs one command: its exit code. A reader that leaves early (``| head``) is no error."""
     parser = build_parser()
     _never_fail_on_a_letter()
     try:

@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="train a small GPT, injure it, and watch Argus save it (90 s)",
-        description="Trains a small GPT on the CPU twice, with the same fault: alone, and under Argus.",
+        description="Trains a small GPT twice with the same fault: alone and under Argus.",
     )
     parser.set_defaults(command=run)
 
@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         demo = importlib.import_module("plarv.demo")
     except ImportError as error:
-        raise Complaint(f"the demo needs {error.name}: pip install 'plarv-argus-sdk[demo]'", 1)
+        hint = "pip install 'plarv-argus-sdk[demo]'"
+        raise Complaint(f"the demo needs {error.name}: {hint}", 1) from error
     code: object = demo.main()
     return code if isinstance(code, int) else 0

@@ -45,7 +45,7 @@ def run_folders() -> List[Path]:
     """The runs' folders, the newest first."""
     root = runs_root()
     found = [path for path in root.iterdir() if is_run_dir(path)] if root.is_dir() else []
-    return sorted(found, key=lambda path: (_changed_ns(path), path.name), reverse=True)
+    return sorted(found, key=lambda path: (_last_start_ns(path), path.name), reverse=True)
 
 
 def find_run(run: str) -> Path:
@@ -108,9 +108,9 @@ def _first_ns(folder: Path, files: Sequence[SegmentFile]) -> int:
         reader.close()
 
 
-def _changed_ns(folder: Path) -> int:
-    """When the newest of the run's journals was begun or last written by its file system's account."""
-    return max(file.path.stat().st_mtime_ns for each in segments_of(folder).values() for file in each)
+def _last_start_ns(folder: Path) -> int:
+    """When the run's newest session began."""
+    return max(_first_ns(folder, files) for files in segments_of(folder).values())
 
 
 def _ago(seconds: float) -> str:

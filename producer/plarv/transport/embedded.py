@@ -13,13 +13,13 @@ from plarv.decision import Decision
 from plarv.faults import Faults
 from plarv.transport import Mailbox
 from plarv_processors.engine import EngineConfig
-from plarv_processors.stored_fold import FOLD_LOCK, Record, StoredFold
+from plarv_processors.stored_fold import FOLD_LOCK, Record, StoredFold, fold_rest
 from plarv_schemas.events import Action, Verdict
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.locks import FileLock
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE
 
-__all__ = ["EmbeddedTransport"]
+__all__ = ["EmbeddedTransport", "fold_rest"]
 
 _PAUSE_S = 0.05  # between two looks at the journal while all is well
 _PAUSE_BEHIND_S = 0.02  # while there is more to fold than fits into a slice
@@ -46,6 +46,7 @@ class EmbeddedTransport:
         faults: Faults,
         *,
         may_lead: bool,
+        several: bool,
         journal_max_bytes: int,
         tell: Callable[[Record], None],
         tend: Callable[[], None],
@@ -56,6 +57,7 @@ class EmbeddedTransport:
         self._mailbox = mailbox
         self._faults = faults
         self._may_lead = may_lead
+        self._several = several  # whether other ranks of this node write to the folder
         self._max_bytes = journal_max_bytes
         self._tell = tell
         self._tend = tend
@@ -217,7 +219,7 @@ class EmbeddedTransport:
     def _finish(self) -> None:
         if self._fold is not None or self._may_lead:
             self._tried_lock = -float("inf")
-            while self._turn(min(self._deadline, time.monotonic() + 0.1)):
+            while self._turn(min(self._deadline, time.monotonic() + 0.1)) or self._others_run():
                 if time.monotonic() >= self._deadline:
                     break
         fold = self._fold
@@ -227,6 +229,14 @@ class EmbeddedTransport:
             self._lock.release()
         else:
             self._deliver(*self._follow.look())
+
+
+    def _others_run(self) -> bool:
+        """Whether another rank of this node is still at work; waits a moment where one is."""
+        if not self._several or self._fold is None or not self._fold.running:
+            return False
+        time.sleep(_PAUSE_OPEN_S)
+        return True
 
 
 class _Follower:
