@@ -66,15 +66,19 @@ class SessionReader:
     """The events of one session, from a position on.
 
     ``read`` gives what is there now; after a segment that went on in a next one it moves on by itself.
+    With ``alone`` it stays in its segment.
     ``skipped`` counts records that could not be read: one that its writer did not finish, or damage.
     """
 
     __slots__ = (
         "folder", "rank", "session", "segment", "offset", "record", "header", "skipped",
-        "_previous_clock", "_previous_step", "_descriptor", "_size",
+        "_previous_clock", "_previous_step", "_descriptor", "_size", "_alone",
     )  # fmt: skip
 
-    def __init__(self, folder: Path, rank: int, session: str, segment: int = 0) -> None:
+    def __init__(
+        self, folder: Path, rank: int, session: str, segment: int = 0, *, alone: bool = False
+    ) -> None:
+        self._alone = alone
         self.folder, self.rank, self.session = folder, rank, session
         self.segment = segment  # the one being read
         self.offset = 0  # in it; 0: its header was not read yet
@@ -111,7 +115,7 @@ class SessionReader:
             whole = near_end and self._has_begun(self.segment + 1)
             if self.offset or self._open():
                 self._read_segment(events, limit, whole)
-            if len(events) >= limit or not whole:
+            if len(events) >= limit or not whole or self._alone:
                 break
             self.close()
             self.segment += 1

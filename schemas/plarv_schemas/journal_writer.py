@@ -114,7 +114,7 @@ class JournalWriter:
             self.rank,
             self.world_size,
             number,
-            self.record,
+            self.record - len(self._waiting),
             time.monotonic_ns(),
             time.time_ns(),
             self.last_clock_ns,

@@ -210,16 +210,7 @@ def read_run(path: Path) -> Iterator[Event]:
     fold's state at that place is in ``base`` (see ``plarv_processors.stored_fold``).
     """
     if path.is_file():
-        for session, files in segments_of(path.parent).items():
-            for file in files:
-                if file.path.name == path.name:
-                    reader = SessionReader(path.parent, file.rank, session, file.segment)
-                    while True:
-                        events = reader.read(4096)
-                        if not events or reader.segment != file.segment:
-                            break
-                        yield from events
-                    reader.close()
+        yield from _read_segment(path)
         return
     log = RunLog(path)
     try:
@@ -230,6 +221,20 @@ def read_run(path: Path) -> Iterator[Event]:
             yield from events
     finally:
         log.close()
+
+
+def _read_segment(path: Path) -> Iterator[Event]:
+    for files in segments_of(path.parent).values():
+        for file in files:
+            if file.path.name == path.name:
+                reader = SessionReader(
+                    path.parent, file.rank, file.session, file.segment, alone=True
+                )
+                events = reader.read(4096)
+                while events:
+                    yield from events
+                    events = reader.read(4096)
+                reader.close()
 
 
 def _when(event: Event) -> int:

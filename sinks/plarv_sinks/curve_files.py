@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, TextIO, cast
 
 from plarv_schemas.pyarrow_types import require_pyarrow
-from plarv_sinks.curve import ReplayError
+from plarv_sinks.curve import ReplayError, first_line
 
 __all__ = ["CsvCurve", "JsonLinesCurve", "ParquetCurve"]
 
@@ -94,7 +94,7 @@ class ParquetCurve:
         try:
             self._file = parquet.ParquetFile(path)
         except (self._arrow_error, OSError) as error:
-            raise ReplayError(f"{self.name}: unreadable Parquet: {_line(error)}") from error
+            raise ReplayError(f"{self.name}: unreadable Parquet: {first_line(error)}") from error
         self.columns: List[str] = list(self._file.schema_arrow.names)
 
     def rows(self, columns: Sequence[str]) -> Iterator[Sequence[object]]:
@@ -104,8 +104,4 @@ class ParquetCurve:
                 cells = [batch.column(column).to_pylist() for column in columns]
                 yield from zip(*cells)
         except (self._arrow_error, OSError) as error:
-            raise ReplayError(f"{self.name}: broken Parquet file: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+            raise ReplayError(f"{self.name}: broken Parquet file: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, List, Sequence, Tuple
 from plarv_schemas import arrow
 from plarv_schemas.events import Event
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
-from plarv_sinks.curve import ReplayError
+from plarv_sinks.curve import ReplayError, first_line
 
 __all__ = ["read_export", "read_recorded_steps"]
 
@@ -56,4 +56,4 @@ def _rows(
                 rows: List[Tuple[int, Event]] = list(zip(ordinals, events))
                 yield from rows
     except (error_type, OSError, ValueError) as error:
-        raise ReplayError(f"{path}: {str(error).splitlines()[0][:200]}") from error
+        raise ReplayError(f"{path}: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from plarv_processors.stored_fold import base_of
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_schemas.run_log import RunLog, is_run_dir, read_run
-from plarv_sinks.curve import ReplayError, Tell, read_curve
+from plarv_sinks.curve import ReplayError, Tell, first_line, read_curve
 from plarv_sinks.curve_files import CsvCurve, JsonLinesCurve, ParquetCurve
 from plarv_sinks.exported import read_export, read_recorded_steps
 
@@ -110,7 +110,7 @@ def read_events(path: Path, tell: Tell) -> Iterator[Event]:
     except ImportError as error:
         raise ReplayError(f"{path}: {error}") from error
     except OSError as error:
-        raise ReplayError(f"{path}: {error.strerror or error}") from error
+        raise ReplayError(f"{path}: {error.strerror or first_line(error)}") from error
 
 
 def engine_for(path: Path, config: EngineConfig, tell: Tell) -> Engine:
@@ -206,8 +206,8 @@ def _open_parquet(path: Path, tell: Tell) -> Iterator[Event]:
     parquet, error_type = require_pyarrow("pyarrow.parquet"), require_pyarrow().ArrowException
     try:
         table = table_of(parquet.read_schema(path))
-    except (error_type, ValueError) as error:
-        raise ReplayError(f"{path}: {str(error).splitlines()[0][:200]}") from error
+    except (error_type, OSError, ValueError) as error:
+        raise ReplayError(f"{path}: unreadable Parquet: {first_line(error)}") from error
     if table == "steps":
         return read_recorded_steps(path)
     if table is not None:

@@ -138,11 +138,11 @@ class FleetSkew:
             if self._warmup:
                 self._warmup -= 1
                 return tuple(found)
+            if len(parts) > 1:  # first, since a straggler explains a slowdown
+                self._watch_peers(event, parts, found)
             report = self._pace.add(time, event.batch_size)
             if report is not None:
                 self._judge_pace(event, report, found)
-            if len(parts) > 1:
-                self._watch_peers(event, parts, found)
         return tuple(found)
 
     # A rank, or the run, that is slow.
@@ -219,7 +219,7 @@ class FleetSkew:
             pace.clear()
             if self._kind == "slowdown":
                 self._close(event, f"{report.median_ms:.4g} ms is now the run's usual step", found)
-        elif self._slow_reports == config.reports:
+        elif self._slow_reports >= config.reports and self._kind is None:
             message = (
                 f"steps take {report.median_ms:.4g} ms, {report.ratio - 1.0:.1%} more than the "
                 f"{report.reference_ms:.4g} ms of this run before step {self._slow_since}"

@@ -110,8 +110,8 @@ class GradientExplosion:
     _derived = ("_log_ratio",)
     __slots__ = (
         "config", "version", "_log_ratio", "_grads", "_losses", "_first", "_log", "_last", "_step",
-        "_stride", "_gaps", "_flow", "_kind", "_onset", "_z", "_watched", "_high", "_calm",
-        "_support",
+        "_stride", "_gaps", "_flow", "_kind", "_onset", "_score", "_threshold", "_watched", "_high",
+        "_calm", "_support",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -129,7 +129,8 @@ class GradientExplosion:
         self._flow = False  # whether the local check was critical before the onset
         self._kind: Optional[str] = None  # of the open verdict
         self._onset = 0
-        self._z = 0.0  # at the onset
+        self._score = 0.0  # at the onset: robust standard deviations, or times the median
+        self._threshold = 0.0  # that it passed
         self._watched = 0  # gradients since the onset
         self._high = 0  # of these, still high
         self._calm = 0  # in a row, not high
@@ -185,11 +186,17 @@ class GradientExplosion:
         return z >= config.jump_z or (z >= config.joint_z and self._loss_proves(event.loss))
 
     def _open(self, event: StepEvent, grad: float, rise: float) -> Tuple[Verdict, ...]:
-        self._z = rise / max(self._grads.scale, self.config.log_floor)
+        config = self.config
+        early = self._grads.count < config.min_history
+        if early:
+            self._score, self._threshold = _exp(rise), config.early_ratio
+        else:
+            self._score = rise / max(self._grads.scale, config.log_floor)
+            loud = self._score >= config.jump_z
+            self._threshold = config.jump_z if loud else config.joint_z
         self._onset, self._last, self._step = event.step, grad, event.step
         self._watched = self._high = self._calm = 0
         self._support = int(self._loss_is_high(event.loss))
-        early = self._grads.count < self.config.min_history
         proven = (
             early or self._loss_proves(event.loss) or (_flow_critical(event) and not self._flow)
         )
@@ -291,6 +298,7 @@ class GradientExplosion:
             "high": float(self._high),
             "watched": float(self._watched),
             "support": float(self._support),
+            "history": float(grads.count),
             "loss_z": loss_z,
             "local_critical": float(_flow_critical(event)),
         }
@@ -313,8 +321,8 @@ class GradientExplosion:
             level=level,
             state=state,
             onset_step=self._onset,
-            score=self._z,
-            threshold=self.config.jump_z,
+            score=self._score,
+            threshold=self._threshold,
             evidence=evidence,
             message=what,
         )

@@ -43,8 +43,8 @@ class LossDivergence:
     >>> for step, loss in enumerate(losses):
     ...     for found in detector.update(StepEvent("run", "s", step, 0, step, loss=loss)):
     ...         print(found.step, found.kind, found.level, found.state)
-    71 rising warn opened
-    76 diverged critical escalated
+    72 rising warn opened
+    77 diverged critical escalated
     """
 
     name: ClassVar[str] = "loss_divergence"
@@ -52,7 +52,7 @@ class LossDivergence:
 
     @dataclass(frozen=True)
     class Config:
-        """Defaults: silent on 54 healthy public runs; critical in 19 of 21 that diverged or jumped."""
+        """Defaults: silent on 54 healthy public runs; critical in 19 of 21 that left their level"""
 
         window: int = 11  # losses, of the median whose lowest value is the best level
         rise: float = 0.35  # of log(loss), 42%: up
@@ -66,7 +66,7 @@ class LossDivergence:
         noise_factor: float = 3.0  # a two-peaked mix-up loss (ViT) swings by 0.4 around its level
         noise_memory: int = 32  # losses
         usual_memory: int = 128  # losses, of the share that is up without any fault
-        usual_share: float = 0.1  # from which on it counts; a divergence's own start is below
+        usual_share: float = 0.1  # from which on it counts; a divergence begins below it
         negligible: float = 0.01  # of the first level: what a loss near zero may rise by
         stay_points: int = 8  # losses at the best level, once it came down to it
         descent: float = 0.7  # of log(loss), half: came down far, so that it may also leave slowly

@@ -18,19 +18,20 @@ _LARGEST = 1e290  # what may be averaged without an overflow
 class LossPlateau:
     """Fires when a run has not learnt anything for three quarters of its life.
 
-    The past is kept as at most ``levels`` levels, each the mean of as many block medians as it takes,
-    so that the level at a quarter of the run is known however long the run is. *no_progress* (warn)
-    opens, from ``min_points`` losses on, when all of this holds:
+    The past is kept as at most ``levels`` levels, each the mean of as many block medians as it
+    takes, so that the level at a quarter of the run is known however long the run is. *no_progress*
+    (warn) opens, from ``min_points`` losses on, when all of this holds:
 
-    - the latest level is not ``progress`` below the level at a quarter of the run, nor ``rise`` above;
+    - the latest level is not ``progress`` below the level at a quarter of the run, nor ``rise``
+      above it;
     - it is above ``start_share`` of the first loss: a run that came down further has converged;
     - the noise inside a block is at most ``quiet`` of the level. At chance the output hardly
       depends on the batch, so the loss hardly varies; a fine-tuning whose batches differ by more
       than it can gain is nobody's failure.
 
     Steps at a learning rate of 0, or below ``lr_share`` of its largest, do not count. Resolved when
-    ``resume_blocks`` blocks in a row lie ``resume`` below the level it stood at. A loss of exactly 0 is
-    passed over; one below 0 is no loss to minimise, and from there on there is silence.
+    ``resume_blocks`` blocks in a row lie ``resume`` below the level it stood at. A loss of exactly 0
+    is passed over; one below 0 is no loss to minimise, and from there on there is silence.
 
     Cost: O(1) a step and one short sort a block, 48 doubles. Source: the progress ratio of the
     replay over public runs, without its need to know the length of the run.
@@ -41,7 +42,7 @@ class LossPlateau:
     ...     for found in detector.update(StepEvent("run", "s", step, 0, step, loss=loss)):
     ...         print(found.step, found.kind, found.level, found.state)
     255 no_progress warn opened
-    623 no_progress ok resolved
+    639 no_progress ok resolved
     """
 
     name: ClassVar[str] = "loss_plateau"
@@ -77,8 +78,8 @@ class LossPlateau:
                 raise ValueError("quiet must be positive and resume_blocks at least 1")
 
     __slots__ = (
-        "config", "version", "_off", "_count", "_start", "_lr_max", "_block", "_levels", "_span", "_sum",
-        "_parts", "_noise", "_open", "_onset", "_stood", "_better",
+        "config", "version", "_off", "_count", "_start", "_lr_max", "_block", "_levels", "_span",
+        "_sum", "_parts", "_noise", "_open", "_onset", "_stood", "_better",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -192,11 +193,11 @@ class LossPlateau:
         self, event: StepEvent, now: float, before: float, level: Level, state: VerdictState
     ) -> Verdict:
         what = (
-            f"loss {now:.4g} has not moved for {3 * self._count // 4} losses: {before:.4g} a quarter "
-            f"into the run, {self._start:.4g} at its start"
+            f"loss {now:.4g} has not come down for {3 * self._count // 4} losses: it was "
+            f"{before:.4g} a quarter into the run and {self._start:.4g} at its start"
         )
         if state == "resolved":
-            what = f"loss {now:.4g} moves again, from the {before:.4g} where it stood"
+            what = f"loss {now:.4g} moves again, it stood at {before:.4g}"
         return verdict(
             self,
             event,

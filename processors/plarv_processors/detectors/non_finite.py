@@ -18,9 +18,11 @@ _KINDS = (
 )  # fmt: skip
 _OVERFLOW, _GRAD, _SCALER, _MASKED, _LOSS, _DEAD = range(1, 7)  # hardest last
 # What is kept of a rank, by its place in an array of doubles.
-_KIND, _ONSET, _CALM, _OPEN, _LOST, _LOST_AT, _SKIPS, _SKIPS_AT, _SINCE_SKIP, _SCALE, _SETTLED, _ZEROS = range(12)  # fmt: skip
-_SEEN, _LOSS_MEAN, _LOSS_MAX, _GRAD_MEAN, _GRAD_DEV, _GRAD_MAX = range(12, 18)
-_WIDTH = 18
+_BUSY, _KIND, _ONSET, _CALM, _OPEN, _LOST, _LOST_AT, _SKIPS, _SKIPS_AT, _SINCE_SKIP = range(10)
+_SCALE, _SETTLED, _ZEROS, _SEEN, _LOSS_MEAN, _LOSS_MAX, _GRAD_MEAN, _GRAD_DEV, _GRAD_MAX = range(
+    10, 19
+)
+_WIDTH = 19
 
 
 class NonFinite:
@@ -47,7 +49,7 @@ class NonFinite:
 
     Resolved after ``calm`` events without any of it. The running means take nothing meanwhile.
 
-    Cost: O(1) a step, 18 doubles a rank. Source: the loss scalers of PyTorch, Megatron and
+    Cost: O(1) a step, 19 doubles a rank. Source: the loss scalers of PyTorch, Megatron and
     DeepSpeed; Hugging Face's ``logging_nan_inf_filter``; BLOOM's and tr8b-104B's chronicles.
 
     >>> detector = NonFinite()
@@ -123,29 +125,41 @@ class NonFinite:
             return self._lost(event, state, _LOSS)
         if grad is not None and grad - grad != 0.0:
             return self._skipped(event, state)
-        if scale is not None and scale - scale == 0.0:
+        if scale is not None and scale != state[_SCALE] and scale - scale == 0.0:
             if scale < state[_SCALE]:
                 return self._skipped(event, state)
             state[_SCALE] = scale
-        elif grad is None and loss is None:
+        if state[_BUSY]:
+            self._recover(state, loss, grad)
+        if loss is not None and grad is not None:
+            if loss > 0.0 and grad > 0.0:
+                return self._watch(event, state, math.log(loss), math.log(grad))
+            if loss == 0.0:
+                state[_ZEROS] = 1.0
+        elif loss is None and grad is None:
             return ()
-        state[_SKIPS] = 0.0
-        state[_SINCE_SKIP] += 1.0
+        return self._rest(event, state) if state[_KIND] else ()
+
+    def _recover(self, state: array[float], loss: Optional[float], grad: Optional[float]) -> None:
+        """What a finite event ends; on the healthy path there is none of it to look at."""
+        if loss is not None:
+            state[_LOST] = 0.0
         if grad is not None:
             state[_SETTLED] = 1.0
-            if loss is not None:
-                state[_LOST] = 0.0
-                if loss > 0.0 and grad > 0.0:
-                    return self._watch(event, state, math.log(loss), math.log(grad))
-                if loss == 0.0:
-                    state[_ZEROS] = 1.0
-        elif loss is not None:
-            state[_LOST] = 0.0
-        return self._rest(event, state) if state[_KIND] else ()
+        elif loss is None:
+            return
+        state[_SKIPS] = 0.0
+        state[_SINCE_SKIP] += 1.0
+        calm = state[_SINCE_SKIP] > self.config.sporadic_window and not state[_LOST]
+        if calm and state[_SETTLED] and not state[_KIND]:
+            state[_BUSY] = 0.0
 
     def _lost(self, event: StepEvent, state: array[float], kind: int) -> Tuple[Verdict, ...]:
         """A loss that is not there: NaN, Inf, or 0.0 in its place."""
-        config = self.config
+        config, scale = self.config, event.loss_scale
+        if scale is not None and scale - scale == 0.0:
+            state[_SCALE] = scale
+        state[_BUSY] = 1.0
         if state[_LOST] == 0.0:
             state[_LOST_AT] = event.step
         state[_LOST] += 1.0
@@ -161,7 +175,7 @@ class NonFinite:
         """A step that the loss scaler skipped, or that a scaler would have skipped."""
         config = self.config
         loss, grad, scale, before = event.loss, event.grad_norm, event.loss_scale, state[_SCALE]
-        skipped = 1.0
+        skipped = state[_BUSY] = 1.0
         if scale is not None and scale - scale == 0.0:
             if 0.0 < scale < before:  # a sparse log shows several halvings at once
                 skipped = max(1.0, float(round(math.log2(before / scale))))
@@ -208,15 +222,9 @@ class NonFinite:
                 loss - state[_LOSS_MAX] >= self._max_rise
                 and grad - state[_GRAD_MAX] >= self._grad_rise
             ):
-                return self._found(
-                    event,
-                    state,
-                    _OVERFLOW,
-                    event.step,
-                    math.exp(min(rise, 709.0)),
-                    config.overflow_rise,
-                )
-        if state[_KIND]:
+                times = math.exp(min(rise, 709.0))
+                return self._found(event, state, _OVERFLOW, event.step, times, config.overflow_rise)
+        if state[_BUSY] and state[_KIND]:
             if high and state[_KIND] == _OVERFLOW:
                 state[_CALM] = -1.0  # its rest adds one
             return self._rest(event, state)
@@ -232,14 +240,14 @@ class NonFinite:
         score: float,
         threshold: float,
     ) -> Tuple[Verdict, ...]:
-        """Opens or hardens the verdict; a finding that is no harder than the open one says nothing."""
+        """Opens or hardens the verdict; what is no harder than the open one says nothing."""
         before = state[_KIND]
         state[_CALM] = 0.0
         if kind <= before:
             return ()
         state[_KIND] = kind
         if not before:
-            state[_ONSET], state[_OPEN] = onset, 0.0
+            state[_ONSET], state[_OPEN], state[_BUSY] = onset, 0.0, 1.0
         level: Level = "critical" if kind >= _SCALER else "warn"
         return (
             self._verdict(
@@ -287,7 +295,8 @@ class NonFinite:
             if value is not None:
                 evidence[column] = value
         if verdict_state == "resolved":
-            message = f"finite and calm for {state[_CALM]:.0f} events after {_KINDS[kind]} at step {onset}"
+            calm = f"{state[_CALM]:.0f} events"
+            message = f"finite and calm for {calm} after {_KINDS[kind]} at step {onset}"
         else:
             message = _message(kind, event, state)
         return verdict(
@@ -308,6 +317,7 @@ class NonFinite:
 def _fresh() -> array[float]:
     state = array("d", bytes(8 * _WIDTH))
     state[_SINCE_SKIP] = math.inf
+    state[_BUSY] = 1.0
     return state
 
 
@@ -338,23 +348,25 @@ def _learn(
 
 def _message(kind: int, event: StepEvent, state: array[float]) -> str:
     """What was found, in one sentence."""
-    rank, lost, skips = event.rank, state[_LOST], state[_SKIPS]
+    loss, grad, skips = event.loss, event.grad_norm, f"{state[_SKIPS]:.0f}"
+    where = f"on rank {event.rank}"
     if kind == _OVERFLOW:
+        usual = math.exp(state[_LOSS_MEAN]), math.exp(state[_GRAD_MEAN])
         return (
-            f"loss {event.loss:.4g} and grad_norm {event.grad_norm:.4g} run away on rank {rank} from "
-            f"their usual {math.exp(state[_LOSS_MEAN]):.4g} and {math.exp(state[_GRAD_MEAN]):.4g}: "
-            "an overflow is likely next"
+            f"loss {loss:.4g} and grad_norm {grad:.4g} {where} run away from their usual "
+            f"{usual[0]:.4g} and {usual[1]:.4g}: an overflow is likely next"
         )
     scale = "" if event.loss_scale is None else f", loss scale {event.loss_scale:g}"
     if kind == _GRAD:
         return (
-            f"grad_norm is {event.grad_norm} on rank {rank} under a finite loss, {skips:.0f} such "
-            f"steps in a row{scale}: they were skipped, or should have been"
+            f"grad_norm is {grad} {where} under a finite loss, {skips} such steps in a row{scale}: "
+            "they were skipped, or should have been"
         )
     if kind == _SCALER:
-        return f"{skips:.0f} steps in a row were skipped on rank {rank}{scale}: the weights stand still"
+        return f"{skips} steps in a row were skipped {where}{scale}: the weights stand still"
     if kind == _MASKED:
-        return f"loss 0.0 with grad_norm {event.grad_norm} on rank {rank}, {lost:.0f} in a row: a masked NaN"
+        times = f"{state[_LOST]:.0f} times in a row"
+        return f"loss 0.0 with grad_norm {grad} {where}, {times}: it stands for a NaN"
     if kind == _LOSS:
-        return f"loss is {event.loss} on rank {rank}"
-    return f"loss is not finite on rank {rank} for {lost:.0f} events in a row: the run is dead"
+        return f"loss is {loss} {where}"
+    return f"loss is not finite {where}, {state[_LOST]:.0f} times in a row: the run is dead"

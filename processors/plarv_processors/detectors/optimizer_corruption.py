@@ -299,9 +299,9 @@ class OptimizerCorruption:
             return ()
         known = self._adam.count >= config.min_history
         needed = config.patience if known else config.never_moved
-        if self._zeros < max(needed, config.outlast * self._longest):
-            return ()
-        if self._kind is not None and self._kind != "local_only":
+        if self._zeros < max(needed, config.outlast * self._longest) or (
+            self._kind is not None and self._kind != "local_only"
+        ):
             return ()
         self._ratio, self._score = 0.0, float(self._zeros)
         return self._open(event, "skipped_update", self._since)
@@ -313,11 +313,9 @@ class OptimizerCorruption:
             return ()
         if levels[_HEALTH] < _CRITICAL:
             self._local = 0
-            if self._kind == "local_only":
-                self._calm += 1
-                if self._calm >= self.config.calm_window:
-                    return self._resolve(event)
-            return ()
+            self._calm += self._kind == "local_only"
+            over = self._kind == "local_only" and self._calm >= self.config.calm_window
+            return self._resolve(event) if over else ()
         if self._local == 0:
             self._local_since = event.step
         self._local += 1

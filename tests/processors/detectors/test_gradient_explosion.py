@@ -103,8 +103,9 @@ def test_a_gradient_that_leads_the_loss_by_four_steps_is_warned_of_first() -> No
 
 
 def test_a_level_that_stays_high_alone_is_sustained_and_then_adopted() -> None:
-    rows = [
-        (step, loss, grad * (30.0 if step >= 200 else 1.0)) for step, loss, grad in healthy(700)
+    rows: List[Row] = [
+        (step, loss, (grad or 0.0) * (30.0 if step >= 200 else 1.0))
+        for step, loss, grad in healthy(700)
     ]
     assert marks(replay(rows)) == [
         (200, "gradient_only", "warn", "opened"),
@@ -129,7 +130,9 @@ def test_a_local_check_that_was_critical_all_along_confirms_nothing() -> None:
 def test_the_first_steps_need_a_loss_that_explodes_too() -> None:
     grads = [8.5, 8.6, 9.0, 8.0, 8.8, 9.0]
     start: List[Row] = [(step, 0.34, grad) for step, grad in enumerate(grads)]
-    assert marks(replay([*start, (6, 50.0, 900.0)])) == [(6, "confirmed", "critical", "opened")]
+    found = replay([*start, (6, 50.0, 900.0)])
+    assert marks(found) == [(6, "confirmed", "critical", "opened")]
+    assert found[0].score >= found[0].threshold == 30.0
     assert replay([*start, (6, 0.35, 900.0)]) == []
 
 
