@@ -108,7 +108,7 @@ def test_import_plarv_loads_the_standard_library_and_us_and_nothing_else() -> No
     loaded = dict(json.loads(done.stdout))
     assert "plarv" in loaded
     tops = {name.split(".")[0] for name in loaded}
-    ours = {"plarv", "plarv_schemas"}
+    ours = {"plarv", "plarv_schemas", "plarv_processors"}
     if sys.version_info >= (3, 10):
         assert tops - ours <= set(sys.stdlib_module_names)
     assert not any("site-packages" in (origin or "") for origin in loaded.values())

@@ -107,7 +107,8 @@ class RunLog:
 
     def _merge(self, limit: int) -> List[Event]:
         """What the sessions have now, by time. A session with more to come holds the others back to
-        its own last event, so that a backlog on one rank does not tear the ranks apart."""
+        its own last event, so that a backlog on one rank does not tear the ranks apart.
+        """
         each = max(1, limit // max(1, len(self._readers)))
         cut: Optional[int] = None
         for session, reader in self._readers.items():
@@ -115,7 +116,7 @@ class RunLog:
             if len(ahead) < each:
                 ahead.extend(reader.read(each - len(ahead)))
             if len(ahead) >= each:
-                last = ahead[-1].time_ns or 0
+                last = max(map(_when, ahead))  # not the last one's: UTC may have been set back
                 cut = last if cut is None else min(cut, last)
         waiting = [ahead for ahead in self._ahead.values() if ahead]
         if len(waiting) == 1:

@@ -25,7 +25,7 @@ from typing import (
 
 from plarv_schemas.events import LIST_COLUMNS, SCALAR_COLUMNS, StepEvent
 
-__all__ = ["CurveSource", "ReplayError", "Tell", "read_curve", "understood"]
+__all__ = ["CurveSource", "ReplayError", "Tell", "first_line", "read_curve", "understood"]
 
 Tell = Callable[[str], None]
 """Takes one line for the person who reads along."""
@@ -37,6 +37,15 @@ class ReplayError(Exception):
     >>> str(ReplayError("run.csv: no such file"))
     'run.csv: no such file'
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says.
+
+    >>> first_line(ValueError("no footer", "at 0"))
+    "('no footer', 'at 0')"
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class CurveSource(Protocol):

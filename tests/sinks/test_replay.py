@@ -1,4 +1,4 @@
-"""What is recorded comes back as events: tables of curves, journals, and clear words for the rest."""
+"""What is recorded comes back as events: curves in tables, journals, and a clear word else."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
+from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_sinks.curve import understood
 from plarv_sinks.findings_table import findings_table, summary_line
@@ -239,8 +240,8 @@ def test_what_cannot_be_replayed_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PAR1 and no more", "PAR1|arquet|footer"),
-        (b"PAR1" + bytes(400) + b"PAR1", "arquet|footer"),
+        (b"PAR1 and no more", "unreadable Parquet"),
+        (b"PAR1" + bytes(400) + b"PAR1", "unreadable Parquet"),
     ],
 )
 def test_a_broken_parquet_file_is_said_in_one_line(
@@ -268,8 +269,6 @@ def journal(folder: Path, losses: List[float]) -> Path:
         folder, run_id="run", session="0" * 16, rank=0, world_size=1, segment_bytes=1 << 14
     )
     writer.control("session_started", step=None, rank=0, data={"mode": "MANUAL"})
-    from plarv_schemas.journal import pack_full
-
     for step, loss in enumerate(losses):
         writer.prepare()
         packed, _ = pack_full(writer.record, 1_000_000 * step, step, {"loss": loss})
@@ -305,11 +304,10 @@ def healthy(step: int) -> float:
 
 
 def test_a_replay_yields_verdicts_and_actions_and_counts_them() -> None:
+    losses = [9.0 if step == 60 else healthy(step) for step in range(70)]
     events: List[Event] = [
-        StepEvent(
-            "run", "s", step, 0, step, loss=9.0 if step == 60 else healthy(step), step_time_ms=1e3
-        )
-        for step in range(70)
+        StepEvent("run", "s", step, 0, step, loss=loss, step_time_ms=1e3)
+        for step, loss in enumerate(losses)
     ]
     summary = RunSummary("run")
     engine = engine_for(Path("nowhere.csv"), EngineConfig(), [].append)  # type: ignore[arg-type]

@@ -57,11 +57,11 @@ class LossOscillation:
         warmup: int = 32  # losses passed over: the first descent is no swing
         recent: int = 4  # blocks that are judged, 64 losses
         history: int = 16  # blocks before them, 256 losses
-        alternating: float = -0.7  # autocorrelation over recent blocks, 5 deviations from none
-        weakly_alternating: float = -0.5  # over twice as many
+        alternating: float = -0.7  # autocorrelation over recent blocks; healthy runs reach -0.52
+        weakly_alternating: float = -0.5  # over twice as many; healthy runs reach -0.38
         swing_floor: float = 0.01  # of the loss; full-batch descent hovers below it at the edge
         onset_ratio: float = 1.5  # times the calmest swing
-        growth: float = 2.0  # times the swing before, that is four times its variance
+        growth: float = 2.25  # times the swing before; without gain, healthy runs reach 1.95
         runaway: float = 2.0  # times the swing at the opening
         calm_ratio: float = 1.25  # times the swing before
         adopt_blocks: int = 64  # blocks, 1,024 losses
@@ -71,7 +71,8 @@ class LossOscillation:
                 raise ValueError("8 <= block, 2 <= recent <= history and 0 <= warmup")
             if not -1.0 <= self.alternating <= self.weakly_alternating < 0.0:
                 raise ValueError("-1 <= alternating <= weakly_alternating < 0")
-            if not min(self.onset_ratio, self.growth, self.runaway, self.calm_ratio) > 1.0:
+            ratios = (self.onset_ratio, self.growth, self.runaway, self.calm_ratio)
+            if not all(ratio > 1.0 for ratio in ratios):
                 raise ValueError("ratios must be more than 1")
             if not self.swing_floor >= 0.0 or self.adopt_blocks < 1:
                 raise ValueError("swing_floor must not be negative, adopt_blocks at least 1")

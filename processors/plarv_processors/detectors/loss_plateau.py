@@ -30,8 +30,8 @@ class LossPlateau:
       than it can gain is nobody's failure.
 
     Steps at a learning rate of 0, or below ``lr_share`` of its largest, do not count. Resolved when
-    ``resume_blocks`` blocks in a row lie ``resume`` below the level it stood at. A loss of exactly 0
-    is passed over; one below 0 is no loss to minimise, and from there on there is silence.
+    ``resume_blocks`` blocks in a row lie ``resume`` below the level it stood at. A loss of exactly
+    0 is passed over; one below 0 is no loss to minimise, and from there on there is silence.
 
     Cost: O(1) a step and one short sort a block, 48 doubles. Source: the progress ratio of the
     replay over public runs, without its need to know the length of the run.

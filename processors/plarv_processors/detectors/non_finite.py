@@ -63,6 +63,8 @@ class NonFinite:
 
     name: ClassVar[str] = "non_finite"
     scope: ClassVar[Scope] = "rank"
+    counts_non_finite: ClassVar[bool] = True
+    """NaN and Inf are what it is about, so the law that they leave no trace is not for it."""
 
     @dataclass(frozen=True)
     class Config:
@@ -97,7 +99,8 @@ class NonFinite:
                 raise ValueError("calm, sporadic_window and adopt_after must be at least 1")
             if not 2 <= self.min_history or not 2 <= self.memory:
                 raise ValueError("min_history and memory must be at least 2")
-            if not min(self.overflow_rise, self.overflow_loss_rise, self.overflow_max_rise) > 1.0:
+            rises = (self.overflow_rise, self.overflow_loss_rise, self.overflow_max_rise)
+            if not all(rise > 1.0 for rise in rises):
                 raise ValueError("a rise must be more than 1 time")
             if not (self.overflow_z > 0.0 and self.deviation_floor > 0.0):
                 raise ValueError("overflow_z and deviation_floor must be positive")
@@ -357,11 +360,10 @@ def _message(kind: int, event: StepEvent, state: array[float]) -> str:
             f"{usual[0]:.4g} and {usual[1]:.4g}: an overflow is likely next"
         )
     scale = "" if event.loss_scale is None else f", loss scale {event.loss_scale:g}"
+    if kind == _GRAD and grad is not None and grad - grad != 0.0:
+        return f"grad_norm is {grad} {where} under a finite loss, {skips} in a row now{scale}"
     if kind == _GRAD:
-        return (
-            f"grad_norm is {grad} {where} under a finite loss, {skips} such steps in a row{scale}: "
-            "they were skipped, or should have been"
-        )
+        return f"{skips} steps in a row were skipped {where}{scale}"
     if kind == _SCALER:
         return f"{skips} steps in a row were skipped {where}{scale}: the weights stand still"
     if kind == _MASKED:

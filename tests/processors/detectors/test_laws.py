@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Type
+from typing import Any, Dict, List, Type
 
 import pytest
 from hypothesis import given, settings
@@ -182,7 +182,7 @@ class Steep:
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        ratio: float = 100.0
+        ratio: float = 2.9
 
         def __post_init__(self) -> None:
             if not self.ratio > 1.0:
@@ -193,6 +193,7 @@ class Steep:
         self.version = fingerprint(self.name, self.config)
         self._last = None
         self._onset = None
+        self.past = []
 
     def update(self, event):
         loss = event.loss
@@ -242,29 +243,100 @@ def test_an_installed_detector_is_registered_and_held_to_the_laws(
     (steep,) = [cls for cls in found if cls.name == "steep"]
     for law in laws.LAWS:
         law(steep)
-    events = [StepEvent("run", "s", at, 0, at, loss=loss) for at, loss in enumerate((1.0, 500.0))]
+    events = [StepEvent("run", "s", at, 0, at, loss=loss) for at, loss in enumerate((1.0, 3.0))]
     assert [one.kind for one in laws.feed(steep(), events)] == ["steep"]
 
 
+BREACHES = [
+    (laws.says_what_it_is, "fingerprint(self.name,", "fingerprint('other',"),
+    (laws.verdicts_mark_changes, '"resolved", "ok"', '"opened", "warn"'),
+    (
+        laws.same_events_same_verdicts,
+        "last, self._last = self._last, loss",
+        "last, type(self).shared = getattr(type(self), 'shared', None), loss",
+    ),
+    (laws.a_snapshot_changes_nothing, 'scope = "run"', 'scope = "run"; _derived = ("_last",)'),
+    (
+        laws.memory_is_bounded,
+        "last, self._last = self._last, loss",
+        "last, self._last = self._last, loss; self.past.append(loss)",
+    ),
+    (laws.scaling_the_loss_changes_nothing, "self.config.ratio * abs(last)", "abs(last) + 2.0"),
+    (laws.non_finite_input_leaves_no_trace, "loss is None or loss - loss != 0.0", "loss is None"),
+    (
+        laws.a_missing_input_is_silence,
+        "loss is None or loss - loss != 0.0",
+        "(loss := event.step % 2 * 9.0 + 0.1 if loss is None else loss) < 0.0",
+    ),
+    (laws.healthy_runs_are_never_critical, '"opened", "warn"', '"opened", "critical"'),
+    (laws.every_setting_is_in_the_version, "self.name, self.config)", "self.name, self.Config())"),
+    (laws.nonsense_settings_are_rejected, "if not self.ratio > 1.0", "if self.ratio == 7.0"),
+]
+
+
+def test_there_is_a_breach_for_every_law() -> None:
+    assert [law for law, _, _ in BREACHES] == list(laws.LAWS)
+
+
+@pytest.mark.parametrize(("law", "right", "wrong"), BREACHES, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_detector_that_breaks_a_law_is_caught(law: laws.Law, right: str, wrong: str) -> None:
+    assert GOOD.count(right) == 1
+    names: Dict[str, Any] = {}
+    exec(GOOD.replace(right, wrong), names)  # noqa: S102
+    with pytest.raises(AssertionError):
+        law(names["Steep"])
+
+
 @pytest.mark.parametrize(
-    ("broken", "law"),
+    ("source", "point", "reason"),
     [
-        ("loss is None or loss - loss != 0.0 -> loss is None", "non_finite_input_leaves_no_trace"),
-        ("self.config.ratio * abs(last) -> 8.0", "scaling_the_loss_changes_nothing"),
-        ("self.name, self.config) -> self.name, self.Config())", "every_setting_is_in_the_version"),
-        ("if not self.ratio > 1.0: -> if self.ratio == 7.0:", "nonsense_settings_are_rejected"),
-        ('"resolved", "ok" -> "opened", "warn"', "verdicts_mark_changes"),
-        ("self._last = None -> self._last = None; self.name = 'Steep!'", "says_what_it_is"),
-        ("self._last, loss -> self._last, getattr(type(self), 'last', 1.0) + 0.0 * loss; "
-         "type(self).last = loss", "same_events_same_verdicts"),
-        ("self._last = None -> self._last = None; self.version += '1' * (event is None)", None),
-        ("last, self._last -> self.seen = getattr(self, 'seen', ()) + (loss,); last, self._last",
-         "memory_is_bounded"),
-        ("loss is None or loss - loss != 0.0: -> loss is None:\n            return () if event.step % 9 "
-         "else (1 / 0,)\n        if loss != loss:", "a_missing_input_is_silence"),
+        ("1 / 0", "MODULE:Steep", "ZeroDivisionError"),
+        ("", "MODULE:Steep", "Steep"),
+        ("def steep(): pass", "MODULE:steep", "write a class after the colon"),
+        ("class Steep: pass", "MODULE:Steep", "class attribute name"),
+        ("class Steep: name = 'steep'", "MODULE:Steep", "scope"),
+        ("class Steep: name = 'steep'; scope = 'run'", "MODULE:Steep", "update"),
+        (GOOD.replace('"steep"', '"loss_spike"', 1), "MODULE:Steep", "taken by .*LossSpike"),
+        (GOOD.replace("config=None", "config"), "MODULE:Steep", "without arguments"),
+        (GOOD.replace("self.version =", "self.other ="), "MODULE:Steep", "version"),
     ],
-)  # fmt: skip
-def test_a_detector_that_breaks_a_law_is_caught(
-    broken: str, law: Optional[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+)
+def test_an_installed_detector_that_is_broken_is_left_out_with_a_warning(
+    source: str, point: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pass
+    name = f"bad_{abs(hash((source, point)))}"
+    install(tmp_path / name, monkeypatch, source, {"steep": point})
+    with pytest.warns(RuntimeWarning, match=f"detector 'steep' .* is left out: .*{reason}"):
+        assert registered() == DETECTORS
+
+
+def test_two_installed_detectors_of_one_name_give_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = GOOD + "\n\nclass Other(Steep):\n    pass\n"
+    install(tmp_path / "twice", monkeypatch, other, {"a": "MODULE:Other", "b": "MODULE:Steep"})
+    with pytest.warns(RuntimeWarning, match="detector 'b' .* the name 'steep' is taken by .*Other"):
+        found = registered()
+    assert [cls.__name__ for cls in found if cls.name == "steep"] == ["Other"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("loss_spike", "write package.module:Class"),
+        (":Steep", "write package.module:Class"),
+        ("no_such_module_at_all:Steep", "cannot import 'no_such_module_at_all'.*PYTHONPATH"),
+        ("plarv_processors.windows:Nothing", "has no 'Nothing'; its classes are: RobustWindow"),
+        ("plarv_processors.windows:median", "write a class after the colon"),
+        ("plarv_processors.windows:RobustWindow", "class attribute name"),
+    ],
+)
+def test_load_says_what_is_wrong_and_what_to_write(path: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"detector '{path}': .*{reason}"):
+        load(path)
+
+
+def test_load_gives_a_detector_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = install(tmp_path / "loaded", monkeypatch, GOOD, {})
+    assert load(f"{module}:Steep").name == "steep"
+    assert registered() == DETECTORS
