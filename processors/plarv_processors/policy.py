@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import math
-from array import array
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
+from plarv_processors.learning_rates import LearningRates
+from plarv_processors.responses import LADDER, harm_of, response_to
 from plarv_schemas.events import Action, ActionKind, ControlEvent, StepEvent, Verdict
 
-__all__ = ["LADDER", "RESPONSES", "Policy"]
+__all__ = ["Policy"]
 
-LADDER: Tuple[ActionKind, ...] = (
-    "WARN",
-    "CHECKPOINT",
-    "SET_LR",
-    "RESET_OPTIMIZER",
-    "PAUSE",
-    "HALT",
-)
-"""From mild to grave. Below it all is CONTINUE, which is no action."""
-
-# What a verdict (detector, kind) asks for, with the harm it stands for (0 to 3). Only confirmed or
-# exact evidence is listed above CHECKPOINT; what is not listed asks for WARN (warn) or CHECKPOINT
-# (critical), so a detector of the user's own can never stop a run.
-RESPONSES: Mapping[Tuple[str, str], Tuple[ActionKind, float]] = {
-    ("non_finite", "loss_non_finite"): ("WARN", 1.5),
-    ("non_finite", "dead"): ("PAUSE", 3.0),
-    ("non_finite", "masked_non_finite"): ("PAUSE", 3.0),
-    ("non_finite", "scaler_collapse"): ("PAUSE", 2.5),
-    ("loss_spike", "confirmed"): ("SET_LR", 1.5),
-    ("loss_divergence", "diverged"): ("SET_LR", 2.0),
-    ("loss_oscillation", "growing"): ("SET_LR", 1.5),
-    ("gradient_explosion", "confirmed"): ("SET_LR", 1.5),
-    ("gradient_collapse", "vanished"): ("PAUSE", 2.5),
-    ("optimizer_corruption", "confirmed"): ("RESET_OPTIMIZER", 2.0),
-    ("optimizer_corruption", "poisoned_moments"): ("RESET_OPTIMIZER", 1.5),
-    ("fleet_skew", "replica_disagreement"): ("PAUSE", 2.5),
-    ("fleet_skew", "hardware"): ("PAUSE", 2.5),
-}
-_HARM = {"warn": 0.5, "critical": 1.0}
 _SECOND_CAUSE = 0.25  # of its harm, that a further open verdict adds to the worst one's
-
+_MAX_CAUSES = 64
 _ORDERS: Mapping[str, ActionKind] = {"pause": "PAUSE", "resume": "RESUME", "stop": "HALT"}
 
 
@@ -60,7 +32,7 @@ class Place(Protocol):
 class Policy:
     """Decides what to do about a run's verdicts.
 
-    A verdict that opens or escalates asks for what :data:`RESPONSES` says; each cause (detector, rank,
+    A verdict that opens or escalates asks for what :data:`~plarv_processors.responses.RESPONSES` says; each cause (detector, rank,
     onset) is answered once at each rung of the ladder, and rungs above CHECKPOINT keep
     ``cooldown_steps`` between each other. SET_LR goes back to the learning rate before the onset where
     it had risen since, else to ``lr_factor`` of what it is. A critical cause that is still open ``patience_steps`` after the
@@ -97,7 +69,7 @@ class Policy:
                 raise ValueError("lr_jump must be above 1")
 
     __slots__ = (
-        "config", "mode", "harm_pressure", "accept_operator", "_open", "_answered", "_lrs", "_lr_at",
+        "config", "mode", "harm_pressure", "accept_operator", "_open", "_answered", "_rates",
         "_last_grave", "_lowered_at", "_lowerings", "_warned", "_paused", "_step_time", "_world_size",
     )  # fmt: skip
 
@@ -111,9 +83,8 @@ class Policy:
         """A new attempt owes nothing to the last one."""
         self.harm_pressure = 0.0
         self._open: Dict[str, Tuple[Any, ...]] = {}  # "detector/rank" -> verdict
-        self._answered: Dict[str, str] = {}  # cause -> gravest action issued for it
-        self._lrs = array("d")  # ring of learning rates, the newest at _lr_at - 1
-        self._lr_at = 0
+        self._answered: Dict[str, ActionKind] = {}  # cause -> gravest action issued for it
+        self._rates = LearningRates()
         self._last_grave: Optional[int] = None  # step of the last action above CHECKPOINT
         self._lowered_at: Optional[int] = None
         self._lowerings = 0
@@ -130,7 +101,7 @@ class Policy:
         """The gravest thing that an open verdict asks for, or CONTINUE."""
         if self._paused:
             return "PAUSE"
-        kinds = [_response(Verdict(*fields))[0] for fields in self._open.values()]
+        kinds = [response_to(found)[0] for found in self.open_verdicts()]
         return max(kinds, key=LADDER.index) if kinds else "CONTINUE"
 
     def step(
@@ -149,7 +120,7 @@ class Policy:
                 self._open.pop(key, None)
                 continue
             self._open[key] = tuple(found)
-            asked.append((_response(found)[0], found))
+            asked.append((response_to(found)[0], found))
         self._weigh()
         overdue = self._overdue(event.step)
         if overdue is not None:
@@ -199,15 +170,7 @@ class Policy:
         return ()
 
     def _observe(self, event: StepEvent) -> None:
-        lr = event.current_lr
-        if lr is not None and lr - lr == 0.0:
-            lrs = self._lrs
-            at = self._lr_at
-            if len(lrs) < _LRS:
-                lrs.append(lr)
-            else:
-                lrs[at] = lr
-            self._lr_at = at + 1 if at + 1 < _LRS else 0
+        self._rates.observe(event.current_lr)
         duration = event.step_time_ms
         if duration is not None and 0.0 < duration < 1e9:
             before = self._step_time
@@ -217,7 +180,7 @@ class Policy:
 
     def _weigh(self) -> None:
         """Brings the harm pressure up to what is open; it never falls here."""
-        harms = sorted((_response(Verdict(*f))[1] for f in self._open.values()), reverse=True)
+        harms = sorted((harm_of(found) for found in self.open_verdicts()), reverse=True)
         if not harms:
             self._release()
             return
@@ -242,100 +205,86 @@ class Policy:
         uncured = [
             found
             for found in self.open_verdicts()
-            if _response(found)[0] == "SET_LR" and found.level == "critical"
+            if response_to(found)[0] == "SET_LR" and found.level == "critical"
         ]
-        return max(uncured, key=_harm_of) if uncured else None
+        return max(uncured, key=harm_of) if uncured else None
 
     def _answer(
         self, kind: ActionKind, found: Verdict, event: StepEvent, place: Place
     ) -> Optional[Action]:
-        config = self.config
+        """The action for one finding; None where its cause was answered, or the budget is spent."""
         if kind == "SET_LR" and found.detector == "loss_spike" and not self._supported():
             kind = "CHECKPOINT"
         cause = f"{found.detector}/{found.rank}/{found.onset_step}"
         before = self._answered.get(cause)
         if before is not None and LADDER.index(before) >= LADDER.index(kind):
             return None
-        parameters: Dict[str, Any] = {}
-        why = found.message
-        step = event.step
-        if kind == "WARN":
-            if self._warned.get(found.detector, 0) >= config.warn_budget:
-                return None
-            self._warned[found.detector] = self._warned.get(found.detector, 0) + 1
-        elif kind != "CHECKPOINT":
-            if self._last_grave is not None and step - self._last_grave < config.cooldown_steps:
-                if kind == "SET_LR" or self._paused:
-                    return None  # one lowering at a time; a pause need not wait for it
-            if kind == "SET_LR":
-                if self._lowerings >= config.max_lowerings:
-                    return None
-                why = self._lower(parameters, why)
-                self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
-                self._lowerings += 1
-            elif kind == "PAUSE":
-                if self._paused:
-                    return None
-                self._paused = True
-                if before == "SET_LR" or _response(found)[0] == "SET_LR":
-                    since = step - (self._lowered_at or step)
-                    why = f"{since} steps after the learning rate was lowered, still: {why}"
-            self._last_grave = step
+        if not self._affordable(kind, found, event.step):
+            return None
+        parameters, why = self._plan(kind, found, event.step, before)
         self._answered[cause] = kind
         if len(self._answered) > _MAX_CAUSES:
             del self._answered[next(iter(self._answered))]
-        if kind in ("SET_LR", "RESET_OPTIMIZER", "PAUSE"):
-            self._add_apply_step(parameters, step)
-        if self.mode != "AUTO" and kind not in ("WARN", "CHECKPOINT"):
-            parameters["dry_run"] = True
         where = "" if found.rank is None else f" on rank {found.rank}"
         return Action(
             run_id=event.run_id,
             attempt=place.attempt,
             sessions=place.sessions(),
-            step=step,
+            step=event.step,
             ordinal=place.ordinal,
             kind=kind,
             parameters=parameters,
             reason=f"{found.detector} ({found.kind}){where}: {why}",
             verdict_ids=(found.id,),
             harm_pressure=self.harm_pressure,
-            expiry_step=step + config.expiry_steps,
+            expiry_step=event.step + self.config.expiry_steps,
         )
+
+    def _affordable(self, kind: ActionKind, found: Verdict, step: int) -> bool:
+        """Whether the budget and the cooldown allow it."""
+        config = self.config
+        if kind == "WARN":
+            warned = self._warned.get(found.detector, 0)
+            self._warned[found.detector] = warned + 1
+            return warned < config.warn_budget
+        if kind == "SET_LR":  # one lowering at a time; a pause need not wait for it
+            last = self._last_grave
+            cool = last is None or step - last >= config.cooldown_steps
+            return cool and self._lowerings < config.max_lowerings
+        return not (kind == "PAUSE" and self._paused)
+
+    def _plan(
+        self, kind: ActionKind, found: Verdict, step: int, before: Optional[ActionKind]
+    ) -> Tuple[Dict[str, Any], str]:
+        """The action's parameters and why, and what the policy keeps in mind of it."""
+        config = self.config
+        parameters: Dict[str, Any] = {}
+        why = found.message
+        if kind in ("WARN", "CHECKPOINT"):
+            return parameters, why
+        if kind == "SET_LR":
+            parameters, how = self._rates.lowered(
+                config.lr_factor, config.lr_jump, config.lr_lookback
+            )
+            why = f"{why}; {how}"
+            self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
+            self._lowerings += 1
+        elif kind == "PAUSE":
+            self._paused = True
+            if before == "SET_LR" or response_to(found)[0] == "SET_LR":
+                since = step - (self._lowered_at or step)
+                why = f"{since} steps after the learning rate was lowered, still: {why}"
+        self._last_grave = step
+        self._add_apply_step(parameters, step)
+        if self.mode != "AUTO":
+            parameters["dry_run"] = True
+        return parameters, why
 
     def _supported(self) -> bool:
         """Whether a jump of the loss has a second signal: another critical verdict, or the lr's own."""
-        now, earlier = self._lr_now(), self._lr_before()
-        if now is not None and earlier is not None and now >= self.config.lr_jump * earlier > 0.0:
+        if self._rates.jumped(self.config.lr_jump, self.config.lr_lookback):
             return True
-        criticals = [fields for fields in self._open.values() if Verdict(*fields).level == "critical"]
-        return len(criticals) > 1
-
-    def _lower(self, parameters: Dict[str, Any], why: str) -> str:
-        """Fills in the learning rate to set, and says why it is that one."""
-        now, earlier = self._lr_now(), self._lr_before()
-        if now is None or not now > 0.0:
-            parameters["factor"] = self.config.lr_factor
-            return f"{why}; lower the learning rate to {self.config.lr_factor:g} of what it is"
-        if earlier is not None and 0.0 < earlier and now >= self.config.lr_jump * earlier:
-            parameters["lr"] = earlier
-            return (
-                f"{why}; the learning rate had risen {now / earlier:.3g}-fold, from {earlier:.4g} "
-                f"to {now:.4g}: set it back to {earlier:.4g}"
-            )
-        parameters["lr"] = now * self.config.lr_factor
-        return f"{why}; lower the learning rate from {now:.4g} to {parameters['lr']:.4g}"
-
-    def _lr_now(self) -> Optional[float]:
-        return self._lrs[self._lr_at - 1] if self._lrs else None
-
-    def _lr_before(self) -> Optional[float]:
-        """The smallest learning rate among the older ones kept: what it was before any jump."""
-        lrs = self._lrs
-        ordered = lrs[self._lr_at :] + lrs[: self._lr_at] if len(lrs) >= _LRS else lrs
-        older = ordered[: max(0, len(ordered) - self.config.lr_lookback)]
-        good = [lr for lr in older if lr > 0.0]
-        return good[0] if good else None
+        return len([found for found in self.open_verdicts() if found.level == "critical"]) > 1
 
     def _add_apply_step(self, parameters: Dict[str, Any], step: int) -> None:
         """With several ranks, the step ahead at which all of them act at once."""
@@ -354,19 +303,3 @@ class Policy:
             self._paused = False
         if kind == "SET_LR":
             self._lowered_at = None
-
-
-def _harm_of(found: Verdict) -> float:
-    return _response(found)[1]
-
-
-_LRS = 64
-_MAX_CAUSES = 64
-
-
-def _response(found: Verdict) -> Tuple[ActionKind, float]:
-    """What ``found`` asks for, and the harm it stands for."""
-    known = RESPONSES.get((found.detector, found.kind))
-    if known is not None and found.level == "critical":
-        return known
-    return ("CHECKPOINT" if found.level == "critical" else "WARN"), _HARM.get(found.level, 0.0)

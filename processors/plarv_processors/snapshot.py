@@ -125,47 +125,45 @@ def _pack(value: Any, out: List[bytes]) -> None:
 def _unpack(data: bytes, at: int) -> Tuple[Any, int]:
     tag = data[at : at + 1]
     at += 1
-    if tag == b"N":
-        return None, at
-    if tag == b"T":
-        return True, at
-    if tag == b"F":
-        return False, at
-    if tag == b"b":
-        return struct.unpack_from("<b", data, at)[0], at + 1
-    if tag == b"i":
-        return struct.unpack_from("<q", data, at)[0], at + 8
-    if tag == b"d":
-        return struct.unpack_from("<d", data, at)[0], at + 8
+    if tag in _CONSTANTS:
+        return _CONSTANTS[tag], at
+    if tag in _NUMBERS:
+        number = _NUMBERS[tag]
+        return number.unpack_from(data, at)[0], at + number.size
     if tag == b"a":
         typecode = data[at : at + 1].decode()
-        (size,) = struct.unpack_from("<I", data, at + 1)
+        (size,) = _SIZE.unpack_from(data, at + 1)
         values = array(typecode)
         values.frombytes(data[at + 5 : at + 5 + size])
         return values, at + 5 + size
     if tag not in (b"I", b"s", b"y", b"t", b"l", b"m"):
         raise ValueError(f"not a snapshot: unknown tag {tag!r}")
-    (size,) = struct.unpack_from("<I", data, at)
+    (size,) = _SIZE.unpack_from(data, at)
     at += 4
-    if tag in (b"I", b"s", b"y"):
-        raw = data[at : at + size]
-        if len(raw) != size:
-            raise ValueError("not a snapshot: it ends early")
-        at += size
-        if tag == b"y":
-            return raw, at
-        text = raw.decode("utf-8", "surrogatepass")
-        return (int(text) if tag == b"I" else text), at
-    if size > len(data):
+    if size > len(data) - at:
         raise ValueError("not a snapshot: it ends early")
-    if tag == b"m":
-        mapping: Dict[Any, Any] = {}
-        for _ in range(size):
-            key, at = _unpack(data, at)
-            mapping[key], at = _unpack(data, at)
-        return mapping, at
+    if tag in (b"I", b"s", b"y"):
+        return _unpack_text(tag, data[at : at + size]), at + size
+    return _unpack_items(tag, size, data, at)
+
+
+_CONSTANTS: Dict[bytes, Any] = {b"N": None, b"T": True, b"F": False}
+_NUMBERS = {b"b": struct.Struct("<b"), b"i": struct.Struct("<q"), b"d": struct.Struct("<d")}
+_SIZE = struct.Struct("<I")
+
+
+def _unpack_text(tag: bytes, raw: bytes) -> Any:
+    if tag == b"y":
+        return raw
+    text = raw.decode("utf-8", "surrogatepass")
+    return int(text) if tag == b"I" else text
+
+
+def _unpack_items(tag: bytes, count: int, data: bytes, at: int) -> Tuple[Any, int]:
     items: List[Any] = []
-    for _ in range(size):
+    for _ in range(2 * count if tag == b"m" else count):
         item, at = _unpack(data, at)
         items.append(item)
+    if tag == b"m":
+        return dict(zip(items[::2], items[1::2])), at
     return (tuple(items) if tag == b"t" else items), at

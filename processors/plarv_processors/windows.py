@@ -85,7 +85,8 @@ class RobustWindow:
         self.high = ordered[-1]
         centre = median(ordered)
         self.median = centre
-        self.scale = 1.4826 * median(sorted([abs(value - centre) for value in self._values]))
+        # Of sorted values the distances fall, then rise: two runs, which sorted() merges in one pass.
+        self.scale = 1.4826 * median(sorted([abs(value - centre) for value in ordered]))
 
     def clear(self) -> None:
         """Forgets all numbers."""

@@ -65,7 +65,7 @@ class GradientProbe:
         self._scaler = LossScalerSearch()
         self._active = False
         self._queued = False
-        self._is_first = False
+        self._was_read_directly = False
         self._learning: Optional[List[Set[int]]] = None
         self._arrived: Set[int] = set()
         self._fresh = GradientSignals()
@@ -92,7 +92,6 @@ class GradientProbe:
         with self._guard:
             if not self._hooks:
                 self._hook_only(_spread(self._trainable(), _MAX_HOOKS))
-                self._is_first = True
         return bool(self._hooks)
 
     def watch(self, optimizer: object) -> bool:
@@ -177,6 +176,7 @@ class GradientProbe:
         torch = loaded_torch()
         if torch is None:
             return None
+        self._was_read_directly = True
         with self._guard, torch.no_grad():
             present = [parameter for parameter in self._all() if parameter is not None]
             return cast(Optional[object], global_norm(torch, live_gradients(present)))
@@ -187,11 +187,10 @@ class GradientProbe:
     def _adapt(self, measured: bool) -> None:
         if self._guard.failures >= _MAX_FAILURES:
             self.detach()
-        elif not measured and self._is_first:
-            pass  # attached after this step's backward, perhaps
         elif not measured and self._learning is None:
-            self._learning = []
-            self._hook_only(self._trainable())
+            if not self._was_read_directly:  # else the hooks came after this step's backward
+                self._learning = []
+                self._hook_only(self._trainable())
         elif measured and self._learning is not None:
             self._learning.append(self._arrived)
             if len(self._learning) >= _LEARNING_STEPS:
@@ -203,7 +202,7 @@ class GradientProbe:
                 self._learning = None
                 self._hook_only(sorted(chosen))
         self._arrived = set()
-        self._is_first = False
+        self._was_read_directly = False
 
     def _trainable(self) -> List[int]:
         alive = enumerate(reference() for reference in self._references)

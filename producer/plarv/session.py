@@ -78,17 +78,7 @@ class Session:
         self._last_step = -1
         self._late = 0  # steps after complete()
         self._closed = False
-        self.transport: Transport = EmbeddedTransport(
-            self.folder,
-            self.writer,
-            self.mailbox,
-            self.faults,
-            may_lead=identity.local_rank == 0,
-            several=identity.local_world_size > 1,
-            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
-            tell=self._tell,
-            tend=self._tend,
-        )
+        self.transport = self._embedded()
         self._hold()
 
     def learning_rate_group(self) -> Optional[Mapping[str, Any]]:
@@ -174,6 +164,19 @@ class Session:
         self.console.silent = True
         self._signals.close()
         self.transport.abandon()
+
+    def _embedded(self) -> Transport:
+        return EmbeddedTransport(
+            self.folder,
+            self.writer,
+            self.mailbox,
+            self.faults,
+            may_lead=self.identity.local_rank == 0,
+            several=self.identity.local_world_size > 1,
+            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
+            tell=self._tell,
+            tend=self._tend,
+        )
 
     def _may_act(self) -> bool:
         """Whether the ranks that this engine sees are all there are."""

@@ -33,9 +33,9 @@ class WeightSample:
     """Equally spaced blocks of the parameters, always the same ones: at most ``size`` elements.
 
     What is summed over the n sampled elements of a stratum (vectors, matrices), absolute values or
-    squares, is extrapolated to all its N elements by N / n. Blocks lie on the device that holds most weights.
-    A missing gradient counts as zeros; a tensor whose elements are not contiguous in memory is
-    left out of n. Nothing is copied but the sample, and nothing waits for the device.
+    squares, is extrapolated to all its N elements by N / n. Blocks lie on the device that holds
+    most weights. A missing gradient counts as zeros; a tensor whose elements are not contiguous in
+    memory is left out of n. Nothing is copied but the sample, and nothing waits for the device.
     """
 
     __slots__ = ("_strata", "_torch")

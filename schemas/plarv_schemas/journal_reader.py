@@ -202,20 +202,13 @@ class SessionReader:
                 _, _, mask, _, clock, step, loss, grad_norm, lr, check = unpack_core(data, at)
                 if check != record + 1:
                     break
-                append(
-                    new(
-                        StepEvent,
-                        (
-                            run_id, session, record, rank, step, clock + to_utc, world_size, None,
-                            loss if mask & HAS_LOSS else None,
-                            grad_norm if mask & HAS_GRAD_NORM else None,
-                            lr if lr == lr else None,
-                            None, None, None, None, None, None, None,
-                            self._step_time_ms(clock, step),
-                            None, None, None, None, None, None, None, None, None, None, None, (),
-                        ),
-                    )
+                fields = (
+                    run_id, session, record, rank, step, clock + to_utc, world_size, None,
+                    loss if mask & HAS_LOSS else None, grad_norm if mask & HAS_GRAD_NORM else None,
+                    lr if lr == lr else None, *_SEVEN_ABSENT, self._step_time_ms(clock, step),
+                    *_REST_ABSENT,
                 )  # fmt: skip
+                append(new(StepEvent, fields))
             else:
                 if TRAILER.unpack_from(data, at + size - 8)[0] != record + 1:
                     break
@@ -277,6 +270,9 @@ class SessionReader:
         return 0
 
 
+# The columns of a core record that are absent: update_norm to backward_ms, batch_size to parts.
+_SEVEN_ABSENT = (None,) * 7
+_REST_ABSENT = (*(None,) * 11, ())
 _STEP_TIME = StepEvent._fields.index("step_time_ms") - StepEvent._fields.index("epoch")
 
 

@@ -33,5 +33,7 @@ def log_of(name: str, steps: int = 700, mode: str = "AUTO") -> List[Event]:
         if number == steps // 2:
             add(0, ControlEvent("run", "", 0, None, "order", data={"order": "resume"}))
     for rank in range(ranks):
-        add(rank, ControlEvent("run", "", 0, rank, "session_finished", data={"status": "completed"}))
+        add(
+            rank, ControlEvent("run", "", 0, rank, "session_finished", data={"status": "completed"})
+        )
     return log

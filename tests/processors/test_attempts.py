@@ -10,7 +10,9 @@ def step(session: str, record: int, at: int, rank: int = 0) -> StepEvent:
     return StepEvent("run", session, record, rank, at)
 
 
-def control(session: str, record: int, kind: Any, rank: Optional[int] = 0, **data: Any) -> ControlEvent:
+def control(
+    session: str, record: int, kind: Any, rank: Optional[int] = 0, **data: Any
+) -> ControlEvent:
     return ControlEvent("run", session, record, rank, kind, data=data)
 
 

@@ -46,7 +46,12 @@ def test_a_rank_that_comes_back_late_does_not_bring_a_step_up_again() -> None:
     feed(steps, [event(0, step, loss=1.0) for step in range(20)])
     assert feed(steps, [event(1, 3, loss=1.0)]) == []
     out = feed(steps, [event(1, 15, loss=3.0)])
-    assert [(joined.step, len(joined.parts)) for joined in out] == [(12, 1), (13, 1), (14, 1), (15, 2)]
+    assert [(joined.step, len(joined.parts)) for joined in out] == [
+        (12, 1),
+        (13, 1),
+        (14, 1),
+        (15, 2),
+    ]
 
 
 def test_a_non_finite_loss_on_one_rank_makes_the_mean_non_finite() -> None:

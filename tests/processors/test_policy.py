@@ -5,7 +5,8 @@ from typing import Any, List, Optional, Tuple
 import pytest
 
 from plarv_processors.detectors import BUILTIN
-from plarv_processors.policy import LADDER, RESPONSES, Policy
+from plarv_processors.policy import Policy
+from plarv_processors.responses import LADDER, RESPONSES
 from plarv_schemas.events import Action, ControlEvent, StepEvent, Verdict
 
 

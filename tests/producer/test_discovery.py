@@ -10,7 +10,7 @@ from typing import Any, Iterator, List
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch: Any = pytest.importorskip("torch")
 
 from plarv.discovery import (  # noqa: E402
     batch_size_of,
@@ -22,14 +22,18 @@ from plarv.discovery import (  # noqa: E402
 )
 
 
-class Block(torch.nn.Module):  # type: ignore[misc]
+Module: Any = torch.nn.Module
+IterableDataset: Any = torch.utils.data.IterableDataset
+
+
+class Block(Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.norm = torch.nn.LayerNorm(16)
         self.mix = torch.nn.Linear(16, 16)
 
 
-class Transformer(torch.nn.Module):  # type: ignore[misc]
+class Transformer(Module):  # type: ignore[misc]
     def __init__(self, layers: int = 3) -> None:
         super().__init__()
         self.positions = torch.nn.Embedding(12, 16)
@@ -116,7 +120,7 @@ def test_objects_that_raise_at_every_touch_tell_nothing() -> None:
     assert batch_size_of(Hostile()) is None
 
 
-class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
+class Stream(IterableDataset):  # type: ignore[misc]
     def __iter__(self) -> Iterator[int]:
         return iter(range(3))
 

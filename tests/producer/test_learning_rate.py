@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch: Any = pytest.importorskip("torch")
 
 from torch.optim import lr_scheduler  # noqa: E402
 
@@ -164,8 +164,8 @@ def test_a_rate_set_by_hand_below_the_ceiling_is_left_alone() -> None:
 
 def test_the_cap_holds_where_enforce_is_never_called() -> None:
     optimizer = optimizer_of()
-    LearningRateCap_ = LearningRateCap()
-    LearningRateCap_.apply(optimizer, 0.05)
+    cap = LearningRateCap()
+    cap.apply(optimizer, 0.05)
     for _ in range(3):
         optimizer.param_groups[0]["lr"] = 1.0
         assert advance(optimizer)[0] == pytest.approx(0.05, rel=1e-4)
@@ -189,7 +189,10 @@ def test_a_tensor_rate_stays_the_same_tensor() -> None:
     assert float(held) == pytest.approx(0.4)
 
 
-class OnDevice(torch.Tensor):  # type: ignore[misc]
+Tensor: Any = torch.Tensor
+
+
+class OnDevice(Tensor):  # type: ignore[misc]
     """A tensor that says it lies on an accelerator, and that nobody may wait for."""
 
     @property
@@ -199,7 +202,7 @@ class OnDevice(torch.Tensor):  # type: ignore[misc]
     def item(self) -> float:
         raise AssertionError("waited for the device")
 
-    __float__ = __bool__ = item  # type: ignore[assignment]
+    __float__ = __bool__ = item
 
 
 def test_a_rate_on_a_device_is_capped_without_waiting_for_it() -> None:

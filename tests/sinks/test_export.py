@@ -9,8 +9,6 @@ from typing import Any, Dict, List
 
 import pytest
 
-parquet: Any = pytest.importorskip("pyarrow.parquet")
-
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import StoredFold
 from plarv_schemas import arrow
@@ -19,6 +17,8 @@ from plarv_schemas.journal_writer import JournalWriter
 from plarv_sinks import export as export_module
 from plarv_sinks.export import export
 from plarv_sinks.replay import ReplayError, engine_for, read_events, replay
+
+parquet: Any = pytest.importorskip("pyarrow.parquet")
 
 TABLES = ("steps", "events", "verdicts", "actions")
 
@@ -164,28 +164,35 @@ def test_progress_goes_up_to_what_was_read(run_dir: Path, tmp_path: Path) -> Non
 
 
 def test_where_old_segments_were_removed_the_export_begins_there_and_replays_to_the_rest(
-    run_dir: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
     fold = StoredFold(run_dir)
     live: List[Dict[str, Any]] = []
-    for part in range(100):
-        count, found = fold.advance(100)
-        live += [finding.to_dict() for finding in found]
-        if part == 4:
+    for session, first_step in (("0", 0), ("1", 400)):
+        record(run_dir, session, losses(600, spike_at=500), first_step)
+        fold_all(fold, live)
+        if session == "0":
             assert fold.trim() > 0
-        if count == 0:
-            break
     fold.close()
     told: List[str] = []
     export(run_dir, tmp_path / "out", tell=told.append)
-    steps = rows(tmp_path / "out", "steps")
-    assert 0 < steps[0]["ordinal"] < 803
-    assert len(steps) < 800
-    assert f"steps begin with the event of ordinal {steps[0]['ordinal']}" in told[0]
-    stored = rows(tmp_path / "out", "verdicts")
-    assert [row["id"] for row in stored] == [
+    first = rows(tmp_path / "out", "events")[0]["ordinal"]
+    assert first == 602
+    assert rows(tmp_path / "out", "steps")[0]["ordinal"] == 603
+    assert f"steps begin with the event of ordinal {first}" in told[0]
+    assert [row["id"] for row in rows(tmp_path / "out", "verdicts")] == [
         found["id"] for found in live if found["type"] == "verdict"
     ]
-    rest = [found for found in live if found["ordinal"] >= steps[0]["ordinal"]]
+    rest = [found for found in live if found["ordinal"] >= first]
     assert findings(tmp_path / "out") == findings(run_dir) == rest
-    assert len(rest) < len(live)
+    assert 0 < len(rest) < len(live)
+
+
+def fold_all(fold: StoredFold, live: List[Dict[str, Any]]) -> None:
+    while True:
+        count, found = fold.advance(100)
+        live += [finding.to_dict() for finding in found]
+        if count == 0:
+            return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Tuple
+from typing import ClassVar, Dict, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
 from plarv_processors.windows import RobustWindow
@@ -78,8 +78,8 @@ class Canalization:
                 raise ValueError("fall_z and floor must be above 0")
             if not 1 <= self.sparse_points <= self.patience < self.adopt_after:
                 raise ValueError("sparse_points <= patience < adopt_after must hold, from 1")
-            if min(self.thin, self.calm_window, self.local_reports) < 1:
-                raise ValueError("thin, calm_window and local_reports must be at least 1")
+            if min(self.thin, self.calm_window, self.local_reports, self.sparse_steps) < 1:
+                raise ValueError("thin, calm_window, local_reports, sparse_steps must be >= 1")
 
     _derived = ("_log_fall",)
     __slots__ = (
@@ -233,11 +233,26 @@ class Canalization:
         return max(self._past.scale, self.config.floor)
 
     def _verdict(self, event: StepEvent, level: Level, state: VerdictState) -> Verdict:
-        config, past = self.config, self._past
-        now, median = math.exp(min(self._last, 700.0)), math.exp(min(past.median, 700.0))
+        past = self._past
+        reports = max(self._attention, self._representation)
+        local = self._kind in ("representation_collapse", "attention_collapse")
+        return verdict(
+            self,
+            event,
+            kind=self._kind or "narrowed",
+            level=level,
+            state=state,
+            onset_step=self._onset,
+            score=float(reports) if local else max(past.median - self._last, 0.0) / self._scale(),
+            threshold=float(self.config.local_reports) if local else self.config.fall_z,
+            evidence=self._evidence(event),
+            message=self._message(state, reports, local),
+        )
+
+    def _evidence(self, event: StepEvent) -> Dict[str, float]:
         evidence = {
-            "participation": now,
-            "median": median,
+            "participation": _exp(self._last),
+            "median": _exp(self._past.median),
             "scale": self._scale(),
             "low": float(self._low),
             "severe": float(self._severe),
@@ -247,30 +262,23 @@ class Canalization:
         if event.grad_l1_norm is not None and event.grad_l2_norm is not None:
             evidence["grad_l1_norm"] = event.grad_l1_norm
             evidence["grad_l2_norm"] = event.grad_l2_norm
-        reports = max(self._attention, self._representation)
-        local = self._kind in ("representation_collapse", "attention_collapse")
+        return evidence
+
+    def _message(self, state: VerdictState, reports: int, local: bool) -> str:
+        now, median = _exp(self._last), _exp(self._past.median)
         if state == "resolved":
-            what = f"gradient participation {now:.4g}, the fault of step {self._onset} is over"
-        elif local:
+            return f"gradient participation {now:.4g}, the fault of step {self._onset} is over"
+        if local:
             check = str(self._kind).replace("_", " ")
-            what = f"the local check for {check} is critical in {reports} reports in a row"
-        else:
-            what = (
-                f"gradient participation (L1/L2)^2 {now:.4g} is {median / max(now, 1e-300):.3g} "
-                f"times below its median {median:.4g} for {self._low} values since step "
-                f"{self._onset}"
-            )
-            if self._kind == "confirmed":
-                what += f"; a local collapse check has been critical in {reports} reports in a row"
-        return verdict(
-            self,
-            event,
-            kind=self._kind or "narrowed",
-            level=level,
-            state=state,
-            onset_step=self._onset,
-            score=float(reports) if local else max(past.median - self._last, 0.0) / self._scale(),
-            threshold=float(config.local_reports) if local else config.fall_z,
-            evidence=evidence,
-            message=what,
+            return f"the local check for {check} is critical in {reports} reports in a row"
+        what = (
+            f"gradient participation (L1/L2)^2 {now:.4g} is {median / max(now, 1e-300):.3g} "
+            f"times below its median {median:.4g} for {self._low} values since step {self._onset}"
         )
+        if self._kind == "confirmed":
+            what += f"; a local collapse check has been critical in {reports} reports in a row"
+        return what
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))

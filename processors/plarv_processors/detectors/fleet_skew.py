@@ -292,12 +292,15 @@ class FleetSkew:
             return
         rank = ill[0].rank
         scores = ill[0].local_scores or ()
-        score = scores[_HARDWARE] if len(scores) > _HARDWARE else math.nan
+        evidence = {"ranks": float(len(ill))}
+        if len(scores) > _HARDWARE:
+            evidence["score"] = float(scores[_HARDWARE])
         message = f"the hardware check of rank {rank} is critical"
         message += f", as on {len(ill) - 1} more" if len(ill) > 1 else ""
-        evidence = {"score": score, "ranks": float(len(ill))}
         level = float(_hardware_level(ill[0]))
-        self._raise(event, "hardware", rank, event.step, level, _CRITICAL, evidence, message, found)
+        self._raise(
+            event, "hardware", rank, event.step, level, float(_CRITICAL), evidence, message, found
+        )
 
     # What all of them share.
 

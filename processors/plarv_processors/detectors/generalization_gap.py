@@ -70,6 +70,8 @@ class GeneralizationGap:
                 raise ValueError("val_p and train_p must lie in (0, 0.5)")
             if not (0.0 < self.min_rise <= self.critical_rise and self.noise_z >= 0.0):
                 raise ValueError("0 < min_rise <= critical_rise, noise_z >= 0")
+            if not self.min_swing >= 0.0:
+                raise ValueError("min_swing must not be negative")
 
     __slots__ = (
         "config", "version", "_vals", "_trains", "_total", "_count", "_best", "_best_step",

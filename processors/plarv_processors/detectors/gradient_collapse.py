@@ -85,6 +85,10 @@ class GradientCollapse:
                 )
             if self.loss_window < 8:
                 raise ValueError("loss_window must be at least 8")
+            if not (0.0 <= self.solved_share < 1.0 and 0.0 <= self.learned_share < 1.0):
+                raise ValueError("solved_share and learned_share must lie in [0, 1)")
+            if not (self.floor_share >= 0.0 and self.noise_share >= 0.0 and self.sparse_steps >= 1):
+                raise ValueError("floor_share, noise_share >= 0 and sparse_steps >= 1")
 
     __slots__ = (
         "config", "version", "_grads", "_seen", "_cut", "_last", "_low", "_low_since", "_longest",

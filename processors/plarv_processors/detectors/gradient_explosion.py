@@ -106,6 +106,10 @@ class GradientExplosion:
                 raise ValueError(
                     "confirm_high, sustained_after, calm_window, gap_factor must be at least 1"
                 )
+            if not (self.early_loss_ratio > 1.0 and self.adopt_after >= 1):
+                raise ValueError("early_loss_ratio must be above 1 and adopt_after at least 1")
+            if not (self.log_floor > 0.0 and self.loss_floor > 0.0 and self.raw_floor > 0.0):
+                raise ValueError("log_floor, loss_floor and raw_floor must be positive")
 
     _derived = ("_log_ratio",)
     __slots__ = (

@@ -29,7 +29,7 @@ class LossOscillation:
     - *growing* (warn): the swing of the ``recent`` blocks is ``growth`` times that of up to
       ``history`` before, and their mean loss is not lower.
     - Either becomes *growing* (critical) when the swing reaches ``runaway`` times that of the
-      opening, still without gain.
+      ``recent`` blocks from the opening on, still without gain.
 
     Resolved when nothing alternates and the swing is back within ``calm_ratio`` of what it was, or
     after ``adopt_blocks``: then it is the new normal. A loss of exactly 0 is passed over; one below
@@ -62,7 +62,7 @@ class LossOscillation:
         swing_floor: float = 0.01  # of the loss; full-batch descent hovers below it at the edge
         onset_ratio: float = 1.5  # times the calmest swing
         growth: float = 2.25  # times the swing before; without gain, healthy runs reach 1.95
-        runaway: float = 2.0  # times the swing at the opening
+        runaway: float = 2.0  # times the swing of the opening
         calm_ratio: float = 1.25  # times the swing before
         adopt_blocks: int = 64  # blocks, 1,024 losses
 
@@ -164,7 +164,11 @@ class LossOscillation:
         """A block after the opening: worse, calm again, or the new normal."""
         config = self.config
         self._open += 1
-        if self._level == "warn" and now >= config.runaway * self._at_opening and not self._gains():
+        if self._open < config.recent:  # until all recent blocks are later than the change
+            self._at_opening = max(self._at_opening, now)
+        elif (
+            self._level == "warn" and now >= config.runaway * self._at_opening and not self._gains()
+        ):
             self._kind, self._level = "growing", "critical"
             return (self._verdict(event, now, "escalated"),)
         usual = now <= config.calm_ratio * self._before or self._open >= config.adopt_blocks

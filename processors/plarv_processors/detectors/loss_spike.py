@@ -65,6 +65,10 @@ class LossSpike:
                 raise ValueError("confirm_high must be between 1 and confirm_window")
             if not (self.jump_z >= self.high_z > 0 and self.jump_ratio >= self.high_ratio > 1):
                 raise ValueError("a jump must ask for more than staying high: jump_* >= high_* > 0")
+            if self.calm_window < 1 or self.adopt_after < 1:
+                raise ValueError("calm_window and adopt_after must be at least 1")
+            if not (self.log_floor > 0.0 and self.raw_floor > 0.0):
+                raise ValueError("log_floor and raw_floor must be positive")
 
     __slots__ = (
         "config", "version", "_past", "_log", "_kind", "_onset", "_jump_z", "_watched", "_high", "_calm",

@@ -181,7 +181,7 @@ class NonFinite:
         skipped = state[_BUSY] = 1.0
         if scale is not None and scale - scale == 0.0:
             if 0.0 < scale < before:  # a sparse log shows several halvings at once
-                skipped = max(1.0, float(round(math.log2(before / scale))))
+                skipped = max(1.0, float(round(math.log2(before) - math.log2(scale))))
             state[_SCALE] = scale
         if loss is not None:
             if loss == 0.0 and grad is not None and grad - grad != 0.0 and not state[_ZEROS]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Tuple
+from typing import ClassVar, Dict, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
 from plarv_processors.windows import RobustWindow
@@ -100,6 +100,8 @@ class OptimizerCorruption:
                 )
             if not (self.lr_jump > 1 and self.settle >= 0):
                 raise ValueError("lr_jump must be above 1 and settle not negative")
+            if not (0.0 <= self.other_share <= 1.0 and self.adopt_after >= 1):
+                raise ValueError("other_share must be a share and adopt_after at least 1")
 
     _derived = ("_log_double",)
     __slots__ = (
@@ -352,38 +354,9 @@ class OptimizerCorruption:
         return (resolved,)
 
     def _verdict(self, event: StepEvent, level: Level, state: VerdictState) -> Verdict:
-        config, adam, sgd = self.config, self._adam, self._sgd
-        evidence = {
-            "ratio": self._ratio,
-            "odd": float(self._odd),
-            "zeros": float(self._zeros),
-            "law_lr": math.exp(min(adam.median, 700.0)),
-            "law_lr_scale": max(adam.scale, config.floor),
-            "law_grad": math.exp(min(sgd.median, 700.0)),
-            "law_grad_scale": max(sgd.scale, config.floor),
-            "local_reports": float(self._local),
-        }
-        for name in ("update_norm", "current_lr", "grad_norm"):
-            value = getattr(event, name)
-            if value is not None:
-                evidence[name] = value
-        if state == "resolved":
-            what = f"updates follow lr and gradient again, the fault of step {self._onset} is over"
-        elif self._kind == "local_only":
-            what = f"the local optimizer check is critical in {self._local} reports in a row"
-        elif self._zeros:
-            what = f"{self._zeros} updates in a row since step {self._since} moved no weight"
-        else:
-            what = (
-                f"the update is {self._ratio:.3g} times what lr and gradient explain, "
-                f"{max(self._odd, 1)} updates in a row since step {self._onset}"
-            )
-        if self._kind == "confirmed" and state != "resolved":
-            what += "; the local optimizer check agrees"
-        threshold = {
-            "skipped_update": float(config.patience),
-            "local_only": float(config.local_reports),
-        }.get(self._kind or "", config.z)
+        config = self.config
+        counts = {"skipped_update": config.patience, "local_only": config.local_reports}
+        threshold = float(counts.get(self._kind or "", config.z))
         return verdict(
             self,
             event,
@@ -393,6 +366,34 @@ class OptimizerCorruption:
             onset_step=self._onset,
             score=self._score,
             threshold=threshold,
-            evidence=evidence,
-            message=what,
+            evidence=self._evidence(event),
+            message=self._message(state),
         )
+
+    def _evidence(self, event: StepEvent) -> Dict[str, float]:
+        floor, adam, sgd = self.config.floor, self._adam, self._sgd
+        evidence = {
+            "ratio": self._ratio,
+            "odd": float(self._odd),
+            "zeros": float(self._zeros),
+            "law_lr": math.exp(min(adam.median, 700.0)),
+            "law_lr_scale": max(adam.scale, floor),
+            "law_grad": math.exp(min(sgd.median, 700.0)),
+            "law_grad_scale": max(sgd.scale, floor),
+            "local_reports": float(self._local),
+        }
+        seen = {name: getattr(event, name) for name in ("update_norm", "current_lr", "grad_norm")}
+        evidence.update((name, value) for name, value in seen.items() if value is not None)
+        return evidence
+
+    def _message(self, state: VerdictState) -> str:
+        if state == "resolved":
+            return f"updates follow lr and gradient again, the fault of step {self._onset} is over"
+        if self._kind == "local_only":
+            return f"the local optimizer check is critical in {self._local} reports in a row"
+        if self._zeros:
+            what = f"{self._zeros} updates in a row since step {self._since} moved no weight"
+        else:
+            what = f"the update is {self._ratio:.3g} times what lr and gradient explain, "
+            what += f"{max(self._odd, 1)} updates in a row since step {self._onset}"
+        return what + ("; the local optimizer check agrees" if self._kind == "confirmed" else "")

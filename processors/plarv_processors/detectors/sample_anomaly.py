@@ -21,6 +21,8 @@ from plarv_schemas.events import Level, StepEvent, Verdict, VerdictState
 
 __all__ = ["SampleAnomaly"]
 
+_WINDOW = 32  # batches whose largest loss is the reference
+
 
 class SampleAnomaly:
     """Fires on what the samples of a batch show and its mean hides. One state for all ranks.
@@ -114,7 +116,7 @@ class SampleAnomaly:
         self._heaps = MarginHeaps()
         self._noisy_pools = 0  # in a row
         self._noisy_since = 0  # step
-        self._ratios = RobustWindow(32)  # log of the largest loss's excess to all others'
+        self._ratios = RobustWindow(_WINDOW)  # log of the largest loss's excess to all others'
         self._largest = -math.inf  # loss of the recent batches, slowly forgotten: the cheap screen
         self._kind: Optional[str] = None  # of the open verdict
         self._level: Level = "ok"
@@ -128,14 +130,14 @@ class SampleAnomaly:
             return ()
         found: List[Verdict] = []
         limit = self.config.max_samples
-        if losses and len(losses) > limit:
-            losses = losses[:limit]
         if ids or losses:
-            self._watch_repeats(event, ids[:limit] if ids else None, losses, found)
-        sampled = not (event.record + event.rank) & 1
-        if losses and (sampled or max(losses) > self._largest):
-            self._watch_largest(event, losses, found)
-        if sampled:
+            self._watch_repeats(event, ids, losses, found)
+        turn = event.record + event.rank
+        if losses:
+            losses = losses[:limit]
+            if not turn & 3 or self._ratios.count < _WINDOW or max(losses) > self._largest:
+                self._watch_largest(event, losses, found)
+        if not turn & 1:
             given = margins or signed_confidences(event.sample_confidences, event.sample_correct)
             if given:
                 self._watch_margins(event, given[:limit], found)
@@ -156,7 +158,7 @@ class SampleAnomaly:
             return
         ranks = min(max(event.world_size or 1, 1), config.max_ranks)
         fresh = batches.streak
-        times, in_row = batches.add(key, near=ranks + ranks // 2)
+        times, in_row = batches.add(key, ranks + ranks // 2, config.critical_repeats)
         if times > 1 and fresh:
             self._repeating_since = event.step
         if in_row >= config.min_repeats or (batches.long and times >= config.min_repeats):

@@ -35,7 +35,12 @@ Law = Callable[[Type[Detector]], None]
 
 def feed(detector: Detector, events: Iterable[StepEvent]) -> List[Verdict]:
     """What the detector says, fed as the fold feeds it: complete steps, or each rank's events."""
-    return [found for event in events for part in seen(detector, event) for found in detector.update(part)]
+    return [
+        found
+        for event in events
+        for part in seen(detector, event)
+        for found in detector.update(part)
+    ]
 
 
 def seen(detector: Detector, event: StepEvent) -> Tuple[StepEvent, ...]:
@@ -253,7 +258,8 @@ def every_setting_is_in_the_version(cls: Type[Detector]) -> None:
     fields = dataclasses.fields(config)
     for field in fields:
         changed = next(
-            (made for made in map(_maker(config, field.name), _near(config, field.name)) if made), None
+            (made for made in map(_maker(config, field.name), _near(config, field.name)) if made),
+            None,
         )
         assert changed is not None, f"no other value of {field.name} is accepted"
         versions.add(_instance(cls, changed).version)

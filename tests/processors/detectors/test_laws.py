@@ -278,7 +278,9 @@ def test_there_is_a_breach_for_every_law() -> None:
     assert [law for law, _, _ in BREACHES] == list(laws.LAWS)
 
 
-@pytest.mark.parametrize(("law", "right", "wrong"), BREACHES, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("law", "right", "wrong"), BREACHES, ids=lambda x: getattr(x, "__name__", "")
+)
 def test_a_detector_that_breaks_a_law_is_caught(law: laws.Law, right: str, wrong: str) -> None:
     assert GOOD.count(right) == 1
     names: Dict[str, Any] = {}
