@@ -164,7 +164,7 @@ class Policy:
                     reason=f"{who} ordered {order} after step {step}",
                     verdict_ids=(),
                     harm_pressure=self.harm_pressure,
-                    expiry_step=step + self.config.expiry_steps,
+                    expiry_step=self._expiry(parameters, step),
                 ),
             )
         return ()
@@ -237,7 +237,7 @@ class Policy:
             reason=f"{found.detector} ({found.kind}){where}: {why}",
             verdict_ids=(found.id,),
             harm_pressure=self.harm_pressure,
-            expiry_step=event.step + self.config.expiry_steps,
+            expiry_step=self._expiry(parameters, event.step),
         )
 
     def _affordable(self, kind: ActionKind, found: Verdict, step: int) -> bool:
@@ -294,6 +294,11 @@ class Policy:
         steps = config.lead_ms / self._step_time if self._step_time > 0.0 else math.inf
         lead = config.max_lead_steps if steps > config.max_lead_steps else math.ceil(steps)
         parameters["apply_step"] = step + max(config.min_lead_steps, lead)
+
+    def _expiry(self, parameters: Mapping[str, Any], step: int) -> int:
+        """Not before the step at which all ranks act, however quick the steps are."""
+        apply_step: int = parameters.get("apply_step", step)
+        return max(step + self.config.expiry_steps, apply_step)
 
     def _forget(self, kind: str) -> None:
         """An action was not carried out: its causes may ask again."""

@@ -6,9 +6,20 @@ import math
 import struct
 import zlib
 from bisect import bisect_right
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-__all__ = ["BatchMemory", "MarginHeaps", "checksum", "finite", "signed_confidences", "total"]
+from plarv_processors.windows import RobustWindow
+
+__all__ = [
+    "BatchMemory",
+    "Concentration",
+    "LossShares",
+    "MarginHeaps",
+    "checksum",
+    "finite",
+    "signed_confidences",
+    "total",
+]
 
 _KEY_BYTES = 4
 _READ = 16  # samples of a batch that its checksum reads, up to twice as many
@@ -173,3 +184,85 @@ class MarginHeaps:
         """Standard deviations by which the far count exceeds the near one, were both Poisson."""
         both = self.far + self.near
         return (self.far - self.near) / math.sqrt(both) if both > 0.0 else 0.0
+
+
+class Concentration(NamedTuple):
+    """How a batch's loss is spread. Excess is what a loss has above the batch's smallest."""
+
+    log_ratio: float  # of the largest excess to the sum of all but the largest tenth
+    z: float  # robust standard deviations above the batches before
+    share: float  # of the excess, held by the largest tenth of the samples
+    excess: float  # the largest
+    record: float  # the largest excess of the batches before, slowly forgotten
+    largest: float
+    smallest: float
+
+
+class LossShares:
+    """Whether a few samples carry a batch's loss, against the batches before.
+
+    Memory: 32 doubles. Time: one sort of the losses a batch.
+
+    >>> shares = LossShares(floor=0.25)
+    >>> for _ in range(20):
+    ...     usual = shares.read([0.1 * i for i in range(32)])
+    ...     shares.accept(usual)
+    >>> odd = shares.read([0.1 * i for i in range(31)] + [90.0])
+    >>> round(usual.share, 2), round(odd.share, 2), odd.z > 8.0, odd.excess > 2.0 * odd.record
+    (0.18, 0.7, True, True)
+    """
+
+    __slots__ = ("_ratios", "_floor", "_record", "alarm")
+
+    _WINDOW = 32  # batches
+    _FADE = 0.995  # of the record, a batch
+
+    def __init__(self, floor: float) -> None:
+        self._ratios = RobustWindow(self._WINDOW)  # log ratios
+        self._floor = floor
+        self._record = 0.0
+        self.alarm = -math.inf  # a batch with no loss above it is hardly one to be read
+
+    @property
+    def count(self) -> int:
+        """Batches taken in."""
+        return self._ratios.count
+
+    @property
+    def filling(self) -> bool:
+        """Whether the window still wants every batch."""
+        return not self._ratios.full
+
+    @property
+    def usual(self) -> float:
+        """The median ratio of the batches before."""
+        return math.exp(self._ratios.median)
+
+    def read(self, losses: Sequence[float]) -> Optional[Concentration]:
+        """How these losses are spread; None where all are equal or they exceed a double."""
+        if total(losses) is None:
+            losses = finite(losses)
+        ordered = sorted(losses)
+        size = len(ordered)
+        most = max(1, size // 10)
+        largest, smallest = ordered[-1], ordered[0]
+        excess = largest - smallest
+        top, rest = total(ordered[-most:]), total(ordered[:-most])
+        if top is None or rest is None or not 0.0 < excess < math.inf:
+            return None
+        top -= most * smallest
+        rest -= (size - most) * smallest
+        if not (top - top == 0.0 and rest - rest == 0.0):
+            return None
+        log_ratio = math.log(excess / rest) if excess < 1e3 * rest else math.log(1e3)
+        ratios = self._ratios
+        z = (log_ratio - ratios.median) / max(ratios.scale, self._floor)
+        return Concentration(
+            log_ratio, z, top / (top + rest), excess, self._record, largest, smallest
+        )
+
+    def accept(self, batch: Concentration) -> None:
+        """Takes the batch into the past."""
+        self._ratios.push(batch.log_ratio)
+        self._record = max(batch.excess, self._FADE * self._record)
+        self.alarm = batch.smallest + self._record

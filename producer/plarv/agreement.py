@@ -30,10 +30,9 @@ class StoreAgreement:
         self._given = store
         self._announce: Dict[str, bool] = {}  # action id -> whether the store knows that we have it
 
-    @staticmethod
-    def available() -> bool:
+    def available(self) -> bool:
         """Whether torch.distributed is initialised, and has a store."""
-        return _default_store() is not None
+        return self._store() is not None
 
     def announce(self, action: Action) -> None:
         """This rank has ``action``; the background thread tells the store."""
@@ -46,14 +45,11 @@ class StoreAgreement:
         store = self._store()
         if store is None:
             return
-        for name, told in list(self._announce.items()):
-            if not told:
-                store.set(f"argus/{name}/{self._rank}", "1")
-                self._announce[name] = True
-            keys: List[str] = [f"argus/{name}/{rank}" for rank in range(self._world_size)]
-            if store.check(keys):
-                store.compare_set(f"argus/{name}", "", "apply")
-                self._announce.pop(name, None)
+        try:
+            for name, told in list(self._announce.items()):
+                self._tend(store, name, told)
+        except RuntimeError:  # the store is gone, and with it the job: nothing can be agreed any more
+            self._announce.clear()
 
     def settle(self, action: Action) -> bool:
         """Whether all ranks carry ``action`` out. One round trip to the store."""
@@ -66,6 +62,15 @@ class StoreAgreement:
         except RuntimeError:  # the store is gone: so is the job
             return False
         return bytes(stands) == b"apply" if isinstance(stands, (bytes, bytearray)) else stands == "apply"
+
+    def _tend(self, store: Any, name: str, told: bool) -> None:
+        if not told:
+            store.set(f"argus/{name}/{self._rank}", "1")
+            self._announce[name] = True
+        keys: List[str] = [f"argus/{name}/{rank}" for rank in range(self._world_size)]
+        if store.check(keys):
+            store.compare_set(f"argus/{name}", "", "apply")
+            self._announce.pop(name, None)
 
     def _store(self) -> Any:
         return self._given if self._given is not None else _default_store()

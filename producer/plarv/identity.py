@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 import time
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, List, Mapping, NamedTuple, Optional
 
 from plarv.exceptions import ArgusConfigurationError
 
@@ -23,6 +23,7 @@ _WORLD = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
+_TASKS = re.compile(r"^(\d+)(?:\(x(\d+)\))?$")
 _RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
@@ -50,14 +51,17 @@ def discover(run_id: Optional[str], environment: Optional[Mapping[str, str]] = N
             rank, world_size = _first(env, ("RANK",), 0), _first(env, ("WORLD_SIZE",), 1)
     world_size = max(1, world_size)
     local_rank = _first(env, _LOCAL_RANK, rank)
-    local_world_size = _first(env, _LOCAL_WORLD, world_size if local_rank == rank else 1)
+    local_world_size = _first(env, _LOCAL_WORLD, _slurm_tasks_here(env))
+    if local_world_size == 0:
+        local_world_size = world_size if local_rank == rank else 1
+    local_world_size = max(1, min(local_world_size, world_size))
     restarts = env.get("TORCHELASTIC_RESTART_COUNT", "")
     return Identity(
-        run_id=run_id or _shared_run_id(env, world_size, distributed),
+        run_id=run_id or _shared_run_id(env, world_size, local_world_size, distributed),
         rank=rank if 0 <= rank < world_size else 0,
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=max(1, min(local_world_size, world_size)),
+        local_world_size=local_world_size,
         restart_count=int(restarts) if restarts.isdigit() else None,
     )
 
@@ -71,7 +75,9 @@ def validate_run_id(run_id: str, parameter: str = "run_id") -> str:
     return run_id
 
 
-def _shared_run_id(env: Mapping[str, str], world_size: int, distributed: Any) -> str:
+def _shared_run_id(
+    env: Mapping[str, str], world_size: int, local_world_size: int, distributed: Any
+) -> str:
     if world_size == 1:
         return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
     launcher = env.get("TORCHELASTIC_RUN_ID", "none")
@@ -82,11 +88,18 @@ def _shared_run_id(env: Mapping[str, str], world_size: int, distributed: Any) ->
     for name in ("OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PMIX_NAMESPACE"):
         if name in env:
             return _clean(f"mpi-{env[name]}")
+    # On one node all ranks have one parent, the launcher. torchrun's agent lives through a restart,
+    # which gives the ranks a fresh store, and may give them another port.
+    if "TORCHELASTIC_RESTART_COUNT" in env and local_world_size == world_size:
+        return _job_id(os.uname().nodename)
     agreed = _agree_by_store(distributed)
     if agreed is not None:
         return agreed
-    # One node: all ranks have one parent, the launcher, which also lives through a restart.
-    seen = (env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""), os.getppid(), _parent_start())
+    return _job_id(env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
+
+
+def _job_id(*names: str) -> str:
+    seen = (*names, os.getppid(), _parent_start())
     return "job-" + hashlib.blake2b(repr(seen).encode(), digest_size=5).hexdigest()
 
 
@@ -121,6 +134,20 @@ def _parent_start() -> str:
             return file.read().rsplit(b")", 1)[1].split()[19].decode()
     except (OSError, IndexError):
         return ""
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of the job step on this node, out of a list such as ``4(x2),3``; 0: not told."""
+    if "SLURM_STEP_ID" not in env:
+        return 0
+    counts: List[int] = []
+    for item in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = _TASKS.match(item)
+        if match is None:
+            return 0
+        counts.extend([int(match[1])] * int(match[2] or 1))
+    node = _first(env, ("SLURM_NODEID",), 0)
+    return counts[node] if node < len(counts) else 0
 
 
 def _first(env: Mapping[str, str], names: Any, default: int) -> int:

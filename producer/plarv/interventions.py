@@ -20,8 +20,12 @@ Report = Callable[[str, int, Mapping[str, Any]], None]
 class Agreement(Protocol):
     """How several ranks agree to act at one step, or not at all."""
 
+    def available(self) -> bool:
+        """Whether there is a way to agree."""
+        ...
+
     def announce(self, action: Action) -> None:
-        """Says that this rank has ``action``."""
+        """Says that this rank has ``action`` and will carry it out with the others."""
         ...
 
     def settle(self, action: Action) -> bool:
@@ -77,9 +81,8 @@ class Interventions:
             call_on_pause(self._on_pause, action, self._faults)
         if action.kind not in _APPLIED_HERE or not self._binding(action):
             return
-        if "apply_step" in action.parameters and self._agreement is not None:
-            self._agreement.announce(action)
-        self._waiting.append(action)
+        if "apply_step" not in action.parameters or self._promised(action, step):
+            self._waiting.append(action)
 
     def apply(self, step: int) -> None:
         """Carries out what is due at ``step``; raises the intervention that stands."""
@@ -87,9 +90,12 @@ class Interventions:
         due = [action for action in self._waiting if step >= action.parameters.get("apply_step", 0)]
         for action in due:
             self._waiting.remove(action)
-            if step > action.expiry_step:
+            if "apply_step" in action.parameters:  # what all agreed on has not expired for one
+                if self._agreed(action, step):
+                    self._carry_out(action, step)
+            elif step > action.expiry_step:
                 self._tell("action_expired", action, step, {})
-            elif self._agreed(action, step):
+            else:
                 self._carry_out(action, step)
         if self.held is not None:
             raise self._intervention(self.held, step)
@@ -100,17 +106,29 @@ class Interventions:
             return self._auto or self._accept_operator
         return self._auto
 
-    def _agreed(self, action: Action, step: int) -> bool:
-        if "apply_step" not in action.parameters:
+    def _promised(self, action: Action, step: int) -> bool:
+        """Tells the other ranks that this one will act with them, where it can; whether it does.
+
+        Once told it is bound. Without a word from this rank no other one acts.
+        """
+        agreement = self._agreement
+        if agreement is None or not agreement.available():
+            self._tell("action_dropped", action, step, {"why": "no store to agree by"})
+        elif step > action.parameters["apply_step"]:
+            self._tell("action_dropped", action, step, {"why": "it came too late"})
+        elif action.kind == "SET_LR" and self._find_optimizer() is None:
+            self._tell("action_refused", action, step, {"why": "no optimizer is known"})
+        else:
+            agreement.announce(action)
             return True
-        if self._agreement is None or step > action.parameters["apply_step"]:
-            why = "no store to agree by" if self._agreement is None else "it came too late"
-            self._tell("action_dropped", action, step, {"why": why})
-            return False
-        if not self._agreement.settle(action):
-            self._tell("action_dropped", action, step, {"why": "not all ranks had it in time"})
-            return False
-        return True
+        return False
+
+    def _agreed(self, action: Action, step: int) -> bool:
+        """At its step, or the first one reported after it: what all ranks decided."""
+        if self._agreement is not None and self._agreement.settle(action):
+            return True
+        self._tell("action_dropped", action, step, {"why": "not all ranks had it in time"})
+        return False
 
     def _carry_out(self, action: Action, step: int) -> None:
         if action.kind == "SET_LR":

@@ -46,7 +46,7 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
                 run_id=identity.run_id,
                 session=session,
                 rank=identity.rank,
-                world_size=identity.world_size,
+                world_size=identity.local_world_size,  # the ranks whose files lie in this folder
             )
             return Home(folder, writer, note)
         except OSError as error:

@@ -56,13 +56,13 @@ class Session:
         silent = settings.flag("ARGUS_SILENT", given["silent"])
         self.console = Console(silent or identity.local_rank != 0)
         self._on_pause = given["on_pause"]
-        self._signals = ModelSignals(given["model"], given["optimizer"])
-        self._batch_size = batch_size_of(given["dataloader"])
         self._cap = LearningRateCap()
+        self._signals = ModelSignals(given["model"], given["optimizer"], self._cap)
+        self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
         self._interventions = Interventions(
-            auto=mode == "AUTO" and self._may_act(),
-            accept_operator=given["accept_operator"] is True,
+            auto=mode == "AUTO" and _may_act(identity),
+            accept_operator=given["accept_operator"] is True and _may_act(identity),
             cap=self._cap,
             find_optimizer=self._signals.optimizer,
             on_pause=given["on_pause"],
@@ -178,10 +178,6 @@ class Session:
             tend=self._tend,
         )
 
-    def _may_act(self) -> bool:
-        """Whether the ranks that this engine sees are all there are."""
-        return self.identity.world_size <= self.identity.local_world_size
-
     def _hold(self) -> None:
         """Closes the short way while every step has something to do on the long one."""
         self.writer.hold(
@@ -263,9 +259,10 @@ def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[s
     if total_steps is None and given["dataloader"] is not None:
         total_steps = total_steps_of(given["dataloader"])
     data: Dict[str, Any] = {
-        "mode": mode,
-        "accept_operator": given["accept_operator"] is True,
+        "mode": mode if _may_act(identity) else "MANUAL",
+        "accept_operator": given["accept_operator"] is True and _may_act(identity),
         "world_size": identity.world_size,
+        "local_world_size": identity.local_world_size,
         "restart_count": identity.restart_count,
         "total_steps": total_steps,
         "start_step": int(given["start_step"]),
@@ -277,6 +274,11 @@ def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[s
         data[name] = str(value).replace("torch.", "") if name == "dtype" and value else value
     data["parameters"] = found.get("parameters")
     return data
+
+
+def _may_act(identity: Identity) -> bool:
+    """Whether the ranks that the embedded engine sees are all there are."""
+    return identity.world_size <= identity.local_world_size
 
 
 def _address_note(given: Mapping[str, Any]) -> str:
@@ -291,13 +293,13 @@ def _address_note(given: Mapping[str, Any]) -> str:
 
 
 def _ranks_note(identity: Identity, mode: str) -> str:
-    if identity.world_size > identity.local_world_size:
+    if not _may_act(identity):
         acts = ": AUTO only observes" if mode == "AUTO" else ""
         return (
             f"{identity.local_world_size} of {identity.world_size} ranks are on this node, and the "
             f"embedded engine sees only these{acts}"
         )
-    if identity.world_size > 1 and mode == "AUTO" and not StoreAgreement.available():
+    if identity.world_size > 1 and mode == "AUTO" and not StoreAgreement(identity).available():
         return (
             "torch.distributed is not initialised yet: until it is, AUTO only observes, since "
             "several ranks must act at one step or not at all"

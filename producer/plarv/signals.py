@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Optional
 
 from plarv.discovery import OptimizerSearch, find_optimizer
 from plarv.gradients import GradientProbe
-from plarv.learning_rate import learning_rate_of
+from plarv.learning_rate import LearningRateCap, learning_rate_of
 from plarv.loss_graph import parameters_of
 from plarv.tensors import is_tensor, loaded_torch
 
@@ -23,7 +23,8 @@ class ModelSignals:
     to the parameters, and these to the optimizer that steps them. Everything is held weakly.
     """
 
-    def __init__(self, model: Any, optimizer: Any) -> None:
+    def __init__(self, model: Any, optimizer: Any, cap: LearningRateCap) -> None:
+        self._cap = cap
         self._optimizer: Callable[[], Any] = _reference(optimizer)
         self._probe: Optional[GradientProbe] = None
         self._search: Optional[OptimizerSearch] = None
@@ -65,6 +66,9 @@ class ModelSignals:
         if columns.get("current_lr") is None:
             optimizer = self.optimizer()
             if optimizer is not None:
+                # Under a cap the schedule's rate lies in the groups, and the cap's is in force.
+                capped = self._cap.current(optimizer) if self._cap.is_active else None
+                _default(columns, "current_lr", capped)
                 _default(columns, "current_lr", learning_rate_of(optimizer))
 
     def close(self) -> None:

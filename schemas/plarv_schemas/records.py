@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
-from plarv_schemas.events import Action
+from plarv_schemas.events import Action, ControlEvent
+from plarv_schemas.run_log import read_run
 
 __all__ = ["ACTIONS_FILE", "VERDICTS_FILE", "paused_by", "read_lines"]
 
@@ -33,7 +34,11 @@ def read_lines(path: Path) -> Iterator[Dict[str, Any]]:
 
 
 def paused_by(folder: Path) -> Optional[Action]:
-    """The PAUSE that holds the run in ``folder``; None: nothing does."""
+    """The PAUSE that holds the run in ``folder``; None: nothing does.
+
+    One that the training processes dropped together, refused, or let expire holds nothing. Where a
+    pause stands this reads the run's whole log: seconds at most.
+    """
     newest: Optional[Action] = None
     for record in read_lines(folder / ACTIONS_FILE):
         if record.get("kind") not in ("PAUSE", "RESUME"):
@@ -46,4 +51,13 @@ def paused_by(folder: Path) -> Optional[Action]:
             newest = None
         elif not action.parameters.get("dry_run"):
             newest = action
-    return newest
+    return None if newest is None or _was_void(newest, folder) else newest
+
+
+def _was_void(action: Action, folder: Path) -> bool:
+    return any(
+        isinstance(event, ControlEvent)
+        and event.kind in ("action_dropped", "action_refused", "action_expired")
+        and event.data.get("action") == action.id
+        for event in read_run(folder)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from plarv import __version__
 from plarv.cli import build_parser, main
+from plarv.cli.export import ProgressBar
 from plarv.cli.run_folders import find_run, state_of
 from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
@@ -275,6 +277,27 @@ def test_export_writes_beside_the_run_and_replays_to_the_same(
     _, of_run, _ = run(capsys, "replay", folder, "--json")
     _, of_export, _ = run(capsys, "replay", folder / "export", "--json")
     assert of_run == of_export != ""
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_fills_up_on_a_terminal_after_a_second_and_nowhere_else() -> None:
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        times = iter([0.0, 0.5, 1.5, 1.55, 2.0])
+        bar = ProgressBar("export run", stream, lambda times=times: next(times))  # type: ignore[misc]
+        for share in (0.1, 0.25, 0.3, 0.5):
+            bar.show(share)
+        bar.close()
+        text = stream.getvalue()
+        assert ("[##########" + "." * 30 + "]  25%" in text) is shown
+        assert ("50%" in text) is shown
+        assert "30%" not in text
+        assert text.endswith("\r\x1b[K") is shown
 
 
 def test_an_export_that_cannot_be_written_fails_with_1(

@@ -10,18 +10,17 @@ from typing import ClassVar, List, Mapping, Optional, Sequence, Tuple
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
 from plarv_processors.sample_statistics import (
     BatchMemory,
+    Concentration,
+    LossShares,
     MarginHeaps,
     checksum,
     finite,
     signed_confidences,
     total,
 )
-from plarv_processors.windows import RobustWindow
 from plarv_schemas.events import Level, StepEvent, Verdict, VerdictState
 
 __all__ = ["SampleAnomaly"]
-
-_WINDOW = 32  # batches whose largest loss is the reference
 
 
 class SampleAnomaly:
@@ -41,13 +40,13 @@ class SampleAnomaly:
     1`` signed by correctness stands for them. It must hold over ``noise_pools`` pools of ``pool``
     samples.
 
-    *concentrated_loss*: the largest loss above the smallest, as a ratio to all others' sum above
-    the smallest, is far higher than in the last 32 batches (log, robust z), and a tenth of the
-    samples hold ``top_share`` of that sum. Its window takes no batch
-    while it is open.
+    *concentrated_loss*: with all losses taken above the batch's smallest, the largest has far more
+    of what the smaller nine tenths have together than in the batches before (log, robust z), is
+    ``top_record`` times the largest of these, and a tenth of the samples hold ``top_share`` of it
+    all. Its window takes no batch while it is open.
 
     NaN and Inf samples are left out. Only the first ``max_samples`` of a batch are read, for the
-    last two kinds of every second batch (and of each with an unusually large loss).
+    margins of every second batch, for the losses of every fourth and of each with an unusual one.
 
     Cost: 5 us a batch of 32, 1.9 KB. Source: AUM and confident learning for the margins; the rest
     is the survey's row on data quality.
@@ -84,6 +83,7 @@ class SampleAnomaly:
         min_history: int = 20  # batches
         top_z: float = 6.0  # robust standard deviations of the log ratio
         top_floor: float = 0.25  # smallest scale of the log ratio; normal losses give 0.2
+        top_record: float = 3.0  # times the largest excess of the batches before: tames heavy tails
         top_share: float = 0.5  # held by a tenth of the samples; exponential losses give 0.3
 
         def __post_init__(self) -> None:
@@ -97,14 +97,14 @@ class SampleAnomaly:
                 raise ValueError("noise_share must lie in (0, 0.5) and top_share in (0, 1)")
             if not (self.heap_ratio > 1.0 and self.noise_z > 0.0):
                 raise ValueError("heap_ratio must be above 1 and noise_z positive")
-            if not (self.top_z > 0.0 and self.top_floor > 0.0):
-                raise ValueError("top_z and top_floor must be positive")
+            if not (self.top_z > 0.0 and self.top_floor > 0.0 and self.top_record >= 1.0):
+                raise ValueError("top_z, top_floor must be positive, top_record at least 1")
             if self.noise_pools < 2 or self.min_samples < 4 or self.min_history < 8:
                 raise ValueError("noise_pools >= 2, min_samples >= 4, min_history >= 8")
 
     __slots__ = (
         "config", "version", "_batches", "_repeating_since", "_pool", "_heaps", "_noisy_pools",
-        "_noisy_since", "_ratios", "_largest", "_kind", "_level", "_onset", "_calm",
+        "_noisy_since", "_shares", "_kind", "_level", "_onset", "_calm",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -116,8 +116,7 @@ class SampleAnomaly:
         self._heaps = MarginHeaps()
         self._noisy_pools = 0  # in a row
         self._noisy_since = 0  # step
-        self._ratios = RobustWindow(_WINDOW)  # log of the largest loss's excess to all others'
-        self._largest = -math.inf  # loss of the recent batches, slowly forgotten: the cheap screen
+        self._shares = LossShares(self.config.top_floor)
         self._kind: Optional[str] = None  # of the open verdict
         self._level: Level = "ok"
         self._onset = 0
@@ -135,7 +134,8 @@ class SampleAnomaly:
         turn = event.record + event.rank
         if losses:
             losses = losses[:limit]
-            if not turn & 3 or self._ratios.count < _WINDOW or max(losses) > self._largest:
+            shares = self._shares
+            if not turn & 3 or shares.filling or max(losses) > shares.alarm:
                 self._watch_largest(event, losses, found)
         if not turn & 1:
             given = margins or signed_confidences(event.sample_confidences, event.sample_correct)
@@ -199,62 +199,40 @@ class SampleAnomaly:
     def _watch_largest(
         self, event: StepEvent, losses: Sequence[float], found: List[Verdict]
     ) -> None:
-        config, ratios = self.config, self._ratios
-        whole = total(losses)
-        if whole is None:
-            losses = finite(losses)
-            whole = total(losses)
-        if whole is None or len(losses) < config.min_samples:
+        config, shares = self.config, self._shares
+        batch = shares.read(losses) if len(losses) >= config.min_samples else None
+        if batch is None:
             return
-        largest, smallest = max(losses), min(losses)
-        excess = largest - smallest
-        others = whole - largest - (len(losses) - 1) * smallest
-        if not (0.0 < excess < math.inf and others - others == 0.0):
-            return  # all the same, or beyond what a double holds
-        ratio = math.log(excess / others) if excess < 1e3 * others else math.log(1e3)
-        z = (ratio - ratios.median) / max(ratios.scale, config.top_floor)
-        share = 0.0
-        if z >= config.top_z and ratios.count >= config.min_history:
-            share = _top_share(losses, smallest)
-        if share >= config.top_share:
-            self._calm = 0 if self._kind == "concentrated_loss" else self._calm
+        if (
+            shares.count >= config.min_history
+            and batch.z >= config.top_z
+            and batch.share >= config.top_share
+            and batch.excess >= config.top_record * batch.record
+        ):
             if self._kind is None:
-                self._concentrated(event, losses, z, ratio, share, found)
-        elif self._kind == "concentrated_loss":
-            if self._is_calm(config.calm_batches):
-                self._close(event, "the loss is spread over the samples again", found)
-        else:
-            ratios.push(ratio)
-            self._largest = max(largest, self._largest - 0.05 * abs(self._largest))
+                self._concentrated(event, batch, found)
+            elif self._kind == "concentrated_loss":
+                self._calm = 0
+        elif self._kind != "concentrated_loss":
+            shares.accept(batch)
+        elif self._is_calm(config.calm_batches):
+            self._close(event, "the loss is spread over the samples again", found)
 
-    def _concentrated(
-        self,
-        event: StepEvent,
-        losses: Sequence[float],
-        z: float,
-        ratio: float,
-        share: float,
-        found: List[Verdict],
-    ) -> None:
-        largest = max(losses)
-        place = list(event.sample_losses or losses).index(largest)
+    def _concentrated(self, event: StepEvent, batch: Concentration, found: List[Verdict]) -> None:
+        place = (event.sample_losses or ()).index(batch.largest)
         ids = event.sample_ids or ()
         who = f"sample {ids[place]}" if place < len(ids) else f"sample number {place}"
         message = (
-            f"a tenth of the samples hold {share:.0%} of the batch's loss above its smallest, "
-            f"{who} alone {math.exp(ratio):.2g} of what all others hold together "
-            f"(usually {math.exp(self._ratios.median):.2g})"
+            f"a tenth of the samples hold {batch.share:.0%} of the batch's loss above its "
+            f"smallest; {who} alone has {math.exp(batch.log_ratio):.2g} of what the other nine tenths have "
+            f"together, where {self._shares.usual:.2g} is usual"
         )
-        evidence = {
-            "log_ratio": ratio,
-            "median": self._ratios.median,
-            "scale": max(self._ratios.scale, self.config.top_floor),
-            "share": share,
-            "place": float(place),
-            "rank": float(event.rank),
-        }
+        evidence = batch._asdict()
+        evidence["usual_ratio"] = self._shares.usual
+        evidence["place"] = float(place)
+        evidence["rank"] = float(event.rank)
         self._open(event, "concentrated_loss", event.step)
-        found.append(self._verdict(event, "opened", z, self.config.top_z, evidence, message))
+        found.append(self._verdict(event, "opened", batch.z, self.config.top_z, evidence, message))
 
     # Labels that contradict what the model has learned.
 
@@ -343,12 +321,3 @@ class SampleAnomaly:
             evidence=evidence,
             message=message,
         )
-
-
-def _top_share(losses: Sequence[float], smallest: float) -> float:
-    """The share of the sum above the smallest loss that the largest tenth of the samples holds."""
-    ordered = sorted(losses)
-    most = max(1, len(ordered) // 10)
-    whole = math.fsum(ordered) - len(ordered) * smallest
-    top = math.fsum(ordered[-most:]) - most * smallest
-    return top / whole if whole > 0.0 else 0.0

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Callable, TextIO
 
 from plarv.cli.complaint import Complaint, tell
 from plarv.cli.run_folders import find_run
@@ -56,16 +56,19 @@ class ProgressBar:
 
     _WIDTH = 40
 
-    def __init__(self, title: str, stream: TextIO) -> None:
+    def __init__(
+        self, title: str, stream: TextIO, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._title = title
         self._stream = stream
         self._visible = stream.isatty()
-        self._started = time.monotonic()
+        self._started = clock()
         self._shown_at = 0.0
 
     def show(self, share: float) -> None:
         """Shows that `share` of the work, 0 to 1, is done; at most ten times a second."""
-        now = time.monotonic()
+        now = self._clock()
         if not self._visible or now - self._started < 1.0 or now - self._shown_at < 0.1:
             return
         self._shown_at = now

@@ -160,6 +160,7 @@ class EmbeddedTransport:
         self._tried_lock = now
         if not self._lock.acquire():
             return False
+        self._deliver(*self._follow.look())  # what whoever led before wrote last
         self._fold = StoredFold(self._folder, self._config)
         return True
 
@@ -240,11 +241,11 @@ class EmbeddedTransport:
 
 
 class _Follower:
-    """Reads what the leading process writes about the run."""
+    """Reads what the leading process writes about the run from now on: the rest is of the past."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._offsets: Dict[str, int] = {VERDICTS_FILE: 0, ACTIONS_FILE: 0}
+        self._offsets = {name: _size(folder / name) for name in (VERDICTS_FILE, ACTIONS_FILE)}
         self._open: Dict[Tuple[str, Optional[int]], Verdict] = {}
         self._attempt = 0
         self._step = -1
@@ -290,7 +291,7 @@ class _Follower:
         path = self._folder / name
         try:
             with open(path, "rb") as file:
-                if file.seek(0, os.SEEK_END) == self._offsets[name]:
+                if file.seek(0, os.SEEK_END) <= self._offsets[name]:
                     return []
                 file.seek(self._offsets[name])
                 data = file.read()
@@ -305,3 +306,10 @@ class _Follower:
             except ValueError:
                 continue  # torn by a kill, and written again behind it
         return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,199 @@
+"""What the benchmarks share: the floor, percentiles, the table, the JSON, the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import mmap
+import os
+import platform
+import struct
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Deque, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+__all__ = [
+    "ROOT",
+    "Floor",
+    "Progress",
+    "Row",
+    "arguments",
+    "at_least",
+    "at_most",
+    "finish",
+    "information",
+    "median",
+    "percentile",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+_FLOOR_BYTES = 1 << 20
+_PAGE = 4096
+
+
+class Row(NamedTuple):
+    """One line of the table; ``values`` are its numbers for the JSON."""
+
+    what: str
+    measured: str
+    reach: str = ""
+    ok: Optional[bool] = None
+    values: Mapping[str, Any] = {}
+
+
+class Floor:
+    """The least that a step can cost which leaves its numbers where another thread finds them.
+
+    One clock read, one ``struct.pack_into`` into a mapped file and one ``deque.append``. The loop that
+    measures it writes these three out in place: a call would be dearer than they are.
+    """
+
+    record_bytes = 32
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._file.truncate(_FLOOR_BYTES)
+        self.buffer = mmap.mmap(self._file.fileno(), _FLOOR_BYTES)
+        for at in range(0, _FLOOR_BYTES, _PAGE):
+            self.buffer[at] = 0
+        self.pack = struct.Struct("<qqdd").pack_into
+        self.queue: Deque[int] = deque(maxlen=4096)
+        self.clock = time.monotonic_ns
+
+    def next(self, at: int) -> int:
+        """The place behind the record at ``at``."""
+        return (at + self.record_bytes) % _FLOOR_BYTES
+
+
+class Progress:
+    """A bar on stderr where that is a terminal, else nothing."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, max(1, total), 0
+        self._shown = sys.stderr.isatty()
+        self._draw()
+
+    def add(self, count: int = 1) -> None:
+        """``count`` more are done."""
+        self._done += count
+        self._draw()
+
+    def close(self) -> None:
+        """Wipes the bar."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _draw(self) -> None:
+        if self._shown:
+            part = min(1.0, self._done / self._total)
+            bar = "#" * int(part * 30)
+            sys.stderr.write(f"\r\x1b[K{self._what:<52} [{bar:<30}] {part:4.0%}")
+            sys.stderr.flush()
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """The nearest-rank percentile; NaN for no values."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(fraction * len(ordered)) - 1))]
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, between the two middle ones where their number is even; NaN for no values."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def at_most(what: str, measured: str, value: float, limit: float, unit: str, **values: Any) -> Row:
+    """A row that is met where ``value`` is at most ``limit``."""
+    found = {"value": value, "reach": limit, "unit": unit, **values}
+    return Row(what, measured, f"<= {limit:,g} {unit}".strip(), value <= limit, found)
+
+
+def at_least(what: str, measured: str, value: float, limit: float, unit: str, **values: Any) -> Row:
+    """A row that is met where ``value`` is at least ``limit``."""
+    found = {"value": value, "reach": limit, "unit": unit, **values}
+    return Row(what, measured, f">= {limit:,g} {unit}".strip(), value >= limit, found)
+
+
+def information(what: str, measured: str, **values: Any) -> Row:
+    """A row without a reach."""
+    return Row(what, measured, "", None, values)
+
+
+def arguments(doc: Optional[str], name: str) -> argparse.ArgumentParser:
+    """A parser with what both benchmarks take."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / f"{name}.json",
+        metavar="FILE",
+        help=f"where the numbers go (default: benchmarks/results/{name}.json)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps: a rough look")
+    return parser
+
+
+def finish(name: str, rows: Sequence[Row], path: Path, *, quick: bool, load_before: float) -> None:
+    """Prints the table and writes the JSON."""
+    machine = _machine(load_before)
+    _print_table(rows)
+    print(
+        f"\n{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"load before {load_before:.2f}" + (", --quick: a rough look" if quick else "")
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document: Dict[str, Any] = {
+        "benchmark": name,
+        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "quick": quick,
+        "machine": machine,
+        "rows": [
+            {"what": row.what, "measured": row.measured, "ok": row.ok, **row.values} for row in rows
+        ],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {os.path.relpath(path)}")
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    head = Row("what", "measured", "reach")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
+    lines: List[str] = []
+    for row in (head, *rows):
+        word = "ok?" if row is head else {None: "", True: "ok", False: "MISSED"}[row.ok]
+        cells = [text.ljust(width) for text, width in zip(row[:3], widths)]
+        lines.append("  ".join([*cells, word]).rstrip())
+    lines.insert(1, "  ".join(["-" * width for width in widths] + ["------"]))
+    print("\n".join(lines))
+
+
+def _machine(load_before: float) -> Dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # not Linux: the shorter name does
+    return {
+        "processor": processor,
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "load_before": load_before,
+    }

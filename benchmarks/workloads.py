@@ -1,0 +1,361 @@
+"""The measured loops, in a process of their own: `python workloads.py WORKLOAD [FOLDER…]`.
+
+Commands come as JSON lines on stdin (keyword arguments of the workload's ``run``), answers go to the
+first stdout. The same loops drive our package and the published one: whichever this interpreter
+imports as ``plarv``. FOLDERs are searched for further packages, after all others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import random
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, List, Mapping, Tuple, Type
+
+from measure import Floor
+
+_PAUSE_S = 0.002
+_WARM_UP = 200  # steps: past the imports and caches that a first step fills
+_STEP_MS = 10.0
+_WIDTH, _DEPTH, _BATCH = 512, 12, 32
+
+
+def open_argus(**given: Any) -> Any:
+    """An Argus of whichever package is here; both take these arguments."""
+    return importlib.import_module("plarv").Argus(api_key="benchmark", silent=True, **given)
+
+
+class Curve:
+    """The losses and gradient norms of a healthy run: falling, with noise."""
+
+    def __init__(self, seed: int = 1) -> None:
+        chance = random.Random(seed)
+        self._noise = [chance.gauss(0.0, 0.02) for _ in range(4099)]
+        self._at = 0
+
+    def next(self) -> Tuple[float, float]:
+        """The next step's loss and gradient norm."""
+        at = self._at
+        self._at = at + 1
+        noise = self._noise
+        level = 2.0 + 3.0 / (1.0 + at / 1000.0)
+        return level * (1.0 + noise[at % 4099]), 1.0 + 5.0 * noise[at * 7 % 4099]
+
+
+class PausedSteps:
+    """step(float, grad_norm=float) and the floor, each after a pause: caches are equally cold."""
+
+    def __init__(self) -> None:
+        self._argus = open_argus()
+        self._curve = Curve()
+        self._floor = Floor()
+        self._at = 0
+        for _ in range(_WARM_UP):
+            loss, norm = self._curve.next()
+            self._argus.step(loss, grad_norm=norm)
+
+    def run(self, count: int) -> Dict[str, List[float]]:
+        """Microseconds of ``count`` steps and as many floors, in turns, each first in every other."""
+        step, curve, timer, sleep = self._argus.step, self._curve, time.perf_counter_ns, time.sleep
+        floor = self._floor
+        clock, pack, buffer, append = floor.clock, floor.pack, floor.buffer, floor.queue.append
+        floor_us: List[float] = []
+        step_us: List[float] = []
+        for number in range(count):
+            loss, norm = curve.next()
+            for first in (True, False):
+                at = self._at
+                sleep(_PAUSE_S)
+                if first == (number % 2 == 0):
+                    begin = timer()
+                    step(loss, grad_norm=norm)
+                    end = timer()
+                    step_us.append((end - begin) * 1e-3)
+                else:
+                    begin = timer()
+                    now = clock()
+                    pack(buffer, at, now, number, loss, norm)
+                    append(now)
+                    end = timer()
+                    floor_us.append((end - begin) * 1e-3)
+                    self._at = floor.next(at)
+        return {"floor_us": floor_us, "step_us": step_us}
+
+
+class TightSteps:
+    """step(float, grad_norm=float) with nothing in between."""
+
+    def __init__(self) -> None:
+        self._argus = open_argus()
+        self._curve = Curve()
+        self.run(_WARM_UP)
+
+    def run(self, count: int) -> Dict[str, List[float]]:
+        """Microseconds of each of ``count`` steps."""
+        step, timer = self._argus.step, time.perf_counter_ns
+        values = [self._curve.next() for _ in range(count)]
+        taken = [0] * count
+        for number, (loss, norm) in enumerate(values):
+            begin = timer()
+            step(loss, grad_norm=norm)
+            taken[number] = timer() - begin
+        return {"step_us": [value * 1e-3 for value in taken]}
+
+
+class TrainingSteps:
+    """Whole training steps of an MLP, alone and with step(tensor); and a bare gradient norm."""
+
+    def __init__(self) -> None:
+        torch = self._torch = importlib.import_module("torch")
+        torch.manual_seed(0)
+        self._inputs = torch.randn(_BATCH, _WIDTH)
+        self._targets = torch.randn(_BATCH, _WIDTH)
+        self._bare, self._bare_optimizer = self._make()
+        self._watched, self._watched_optimizer = self._make()
+        self._argus = open_argus(model=self._watched)
+        self._turn = 0
+        self.run(5)
+
+    def run(self, count: int) -> Dict[str, List[float]]:
+        """Milliseconds of ``count`` steps of each kind, one block after another, in changing order."""
+        kinds: List[Tuple[str, Callable[[], None]]] = [
+            ("bare_ms", self._bare_step),
+            ("argus_ms", self._watched_step),
+            ("norm_ms", self._norm),
+            ("normed_ms", self._normed_step),
+        ]
+        self._turn += 1
+        shift = self._turn % 4
+        kinds = kinds[shift:] + kinds[:shift]
+        if self._turn // 4 % 2:
+            kinds.reverse()
+        found: Dict[str, List[float]] = {}
+        for name, action in kinds:
+            if name == "norm_ms":  # of gradients that a step has just left
+                self._forward_backward(self._bare, self._bare_optimizer)
+            else:
+                action()
+                action()  # untimed: the other model's weights were in the caches
+            taken: List[float] = []
+            for _ in range(count):
+                begin = time.perf_counter_ns()
+                action()
+                taken.append((time.perf_counter_ns() - begin) * 1e-6)
+            found[name] = taken
+        return found
+
+    def _make(self) -> Tuple[Any, Any]:
+        torch = self._torch
+        layers: List[Any] = []
+        for _ in range(_DEPTH):
+            layers += [torch.nn.Linear(_WIDTH, _WIDTH), torch.nn.ReLU()]
+        model = torch.nn.Sequential(*layers)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def _forward_backward(self, model: Any, optimizer: Any) -> Any:
+        optimizer.zero_grad()
+        loss = self._torch.nn.functional.mse_loss(model(self._inputs), self._targets)
+        loss.backward()
+        return loss
+
+    def _bare_step(self) -> None:
+        self._forward_backward(self._bare, self._bare_optimizer)
+        self._bare_optimizer.step()
+
+    def _normed_step(self) -> None:
+        """A training step with the bare norm in it: what the norm costs where it is taken."""
+        self._forward_backward(self._bare, self._bare_optimizer)
+        self._norm()
+        self._bare_optimizer.step()
+
+    def _watched_step(self) -> None:
+        loss = self._forward_backward(self._watched, self._watched_optimizer)
+        self._watched_optimizer.step()
+        self._argus.step(loss)
+
+    def _norm(self) -> None:
+        torch = self._torch
+        gradients = [parameter.grad for parameter in self._bare.parameters()]
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+
+
+class CpuTime:
+    """Process CPU time of 10 ms steps, with an Argus alive and without one."""
+
+    def __init__(self) -> None:
+        self._curve = Curve()
+        self._work = self._make_work()
+
+    def run(self, count: int, warm_up: int, watched: bool) -> Dict[str, float]:
+        """CPU microseconds of a step over ``count`` steps, after ``warm_up`` further ones.
+
+        ``threads_us`` is the part of other Python threads (the engine's).
+        """
+        argus = open_argus() if watched else None
+        for _ in range(warm_up):
+            self._step(argus)
+        begin, threads, wall = time.process_time_ns(), _threads_ns(), time.perf_counter_ns()
+        for _ in range(count):
+            self._step(argus)
+        end, end_wall = time.process_time_ns(), time.perf_counter_ns()
+        threads = _threads_ns() - threads
+        if argus is not None:
+            argus.complete()
+        each = 1e-3 / count
+        return {
+            "cpu_us": (end - begin) * each,
+            "wall_us": (end_wall - wall) * each,
+            "threads_us": threads * each,
+        }
+
+    def _step(self, argus: Any) -> None:
+        loss, norm = self._curve.next()
+        self._work()
+        if argus is not None:
+            argus.step(loss, grad_norm=norm)
+
+    def _make_work(self) -> Callable[[], object]:
+        """Pure Python for about 10 ms: it holds the GIL but for the switch interval."""
+        return _calibrated(_python_loop)
+
+
+class TorchCpuTime(CpuTime):
+    """The same with matrix products on two threads."""
+
+    def _make_work(self) -> Callable[[], object]:
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(2)
+        left, right = torch.randn(256, 256), torch.randn(256, 256)
+
+        def products(count: int) -> None:
+            for _ in range(count):
+                torch.mm(left, right)
+
+        return _calibrated(products)
+
+
+class Memory:
+    """Steps without a pause, and what the process then holds."""
+
+    def __init__(self) -> None:
+        self._argus = open_argus()
+        self._curve = Curve()
+        self._steps = 0
+
+    def run(self, count: int, settle_s: float = 0.0) -> Dict[str, float]:
+        """MB resident after ``count`` more steps; ``settle_s``: wait so long for the engine."""
+        step, curve = self._argus.step, self._curve
+        for _ in range(count):
+            loss, norm = curve.next()
+            step(loss, grad_norm=norm)
+        self._steps += count
+        until = time.monotonic() + settle_s
+        while self._lag() > 0 and time.monotonic() < until:
+            time.sleep(0.05)
+        return {"steps": self._steps, "lag": self._lag(), **_resident_mb()}
+
+    def _lag(self) -> int:
+        decision = getattr(self._argus, "decision", None)
+        if decision is None:
+            return 0
+        return self._steps - 1 - (-1 if decision.step is None else int(decision.step))
+
+
+class Exit:
+    """A run that ends while the engine is far behind."""
+
+    def __init__(self) -> None:
+        self._argus = open_argus()
+        self._curve = Curve()
+
+    def run(self, count: int) -> Dict[str, float]:
+        """Steps until the engine is ``count`` behind, then complete(); the process ends after this."""
+        step, curve, argus = self._argus.step, self._curve, self._argus
+        number = 0
+        while number - (argus.decision.step or 0) < count:
+            for _ in range(1000):
+                loss, norm = curve.next()
+                step(loss, grad_norm=norm)
+            number += 1000
+        lag = number - (argus.decision.step or 0)
+        begin = time.monotonic()
+        argus.complete()
+        return {"lag": lag, "begin": begin, "complete_s": time.monotonic() - begin}
+
+
+WORKLOADS: Mapping[str, Type[Any]] = {
+    "paused": PausedSteps,
+    "tight": TightSteps,
+    "training": TrainingSteps,
+    "cpu": CpuTime,
+    "cpu_torch": TorchCpuTime,
+    "memory": Memory,
+    "exit": Exit,
+}
+
+
+def _python_loop(count: int) -> int:
+    value = 1
+    for _ in range(count):
+        value = (value * 1103515245 + 12345) & 0x7FFFFFFF
+    return value
+
+
+def _calibrated(action: Callable[[int], object]) -> Callable[[], object]:
+    """``action(n)`` with the n that takes 10 ms of wall time in the best of some tries."""
+    count, best = 1, 0.0
+    while best < _STEP_MS / 2:
+        count *= 2
+        best = min(_timed_ms(action, count) for _ in range(5))
+    count = max(1, math.ceil(count * _STEP_MS / best))
+    return lambda: action(count)
+
+
+def _timed_ms(action: Callable[[int], object], count: int) -> float:
+    begin = time.perf_counter_ns()
+    action(count)
+    return (time.perf_counter_ns() - begin) * 1e-6
+
+
+def _threads_ns() -> int:
+    """CPU time so far of all living Python threads but this one; 0 where the system cannot tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return 0
+    total = 0
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.ident is not None:
+            total += time.clock_gettime_ns(time.pthread_getcpuclockid(thread.ident))
+    return total
+
+
+def _resident_mb() -> Dict[str, float]:
+    """Resident memory now, all and anonymous; from /proc, so on Linux."""
+    found: Dict[str, float] = {}
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            name, _, rest = line.partition(":")
+            if name in ("VmRSS", "RssAnon"):
+                found["resident_mb" if name == "VmRSS" else "anonymous_mb"] = (
+                    int(rest.split()[0]) / 1024
+                )
+    return found
+
+
+def main() -> None:
+    """Serves one workload until stdin ends."""
+    sys.path.extend(sys.argv[2:])
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a package prints stays out of the answers
+    workload = WORKLOADS[sys.argv[1]]()
+    for line in sys.stdin:
+        answers.write(json.dumps(workload.run(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
