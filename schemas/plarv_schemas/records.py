@@ -55,9 +55,12 @@ def paused_by(folder: Path) -> Optional[Action]:
 
 
 def _was_void(action: Action, folder: Path) -> bool:
-    return any(
-        isinstance(event, ControlEvent)
-        and event.kind in ("action_dropped", "action_refused", "action_expired")
-        and event.data.get("action") == action.id
-        for event in read_run(folder)
-    )
+    try:
+        return any(
+            isinstance(event, ControlEvent)
+            and event.kind in ("action_dropped", "action_refused", "action_expired")
+            and event.data.get("action") == action.id
+            for event in read_run(folder)
+        )
+    except (OSError, ValueError):  # no log that we can read: the pause stands
+        return False

@@ -18,9 +18,7 @@ NAMES = ("step", "rank", "run_id", "attempt", "lr", "step_ms", *SCALAR_COLUMNS, 
 CELLS = st.one_of(
     st.integers(-(2**70), 2**70).map(str),
     st.floats().map(str),
-    st.sampled_from(
-        ["", "nan", "inf", "-inf", "null", "1e400", "[1, 2]", '"[1, ""a""]"', "["]
-    ),
+    st.sampled_from(["", "nan", "inf", "-inf", "null", "1e400", "[1, 2]", '"[1, ""a""]"', "["]),
     st.text(max_size=5),
 )
 JSON = st.recursive(
@@ -40,7 +38,8 @@ def answer(content: bytes) -> List[Event]:
         try:
             events.extend(read_events(path, told.append))
         except ReplayError as error:
-            assert "\n" not in str(error)
+            told.append(str(error))
+        assert not any("\n" in line for line in told)
         list(replay(events, Engine()))
         return events
 

@@ -1,0 +1,110 @@
+"""Child processes that run a workload and answer, one at a time, so that none disturbs another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Type
+
+from measure import ROOT
+
+__all__ = ["SOURCES", "Child", "Package", "clean_environment", "our_package"]
+
+SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
+_WORKLOADS = str(Path(__file__).resolve().parent / "workloads.py")
+_END_S = 20.0
+
+
+class Package(NamedTuple):
+    """An SDK to measure: the interpreter that imports it, and what that one needs."""
+
+    name: str
+    python: str
+    environment: Mapping[str, str]
+    further_paths: List[str]  # searched after all others
+
+
+class Child:
+    """One process with one workload of ``workloads.py``, in a folder of its own."""
+
+    def __init__(self, package: Package, workload: str) -> None:
+        self.package = package
+        self._folder = tempfile.mkdtemp(prefix="argus-benchmark-")
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [package.python, _WORKLOADS, workload, *package.further_paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=self._folder,
+            env=dict(package.environment),
+            text=True,
+        )
+
+    def ask(self, **given: Any) -> Any:
+        """The workload's answer to ``run(**given)``. RuntimeError: the child died, and why."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(given) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its errors tell more, below
+        line = process.stdout.readline()
+        if not line:
+            process.wait()
+            self._errors.seek(0)
+            tail = self._errors.read().decode("utf-8", "replace").strip()[-2000:]
+            raise RuntimeError(f"a benchmark of {self.package.name} failed:\n{tail}")
+        return json.loads(line)
+
+    def end(self) -> float:
+        """Lets the child come to its end; the time (monotonic) at which it had."""
+        process = self._process
+        if process.stdin is not None and not process.stdin.closed:
+            process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:  # the other SDK at its exit
+            process.kill()
+            process.wait()
+        return time.monotonic()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.end()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def our_package() -> Package:
+    """This checkout, on this interpreter."""
+    environment = clean_environment()
+    environment["PYTHONPATH"] = os.pathsep.join(SOURCES)
+    return Package("this Argus", sys.executable, environment, [])
+
+
+def clean_environment() -> Dict[str, str]:
+    """The environment without what would set up either SDK, or make this process a rank of a job."""
+    ours = ("ARGUS_", "PLARV_", "SLURM_", "OMPI_", "PMI_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH"}
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in names}

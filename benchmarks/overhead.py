@@ -1,0 +1,297 @@
+"""What Argus costs the training that it watches.
+
+    python benchmarks/overhead.py [--peer] [--json FILE] [--quick]
+
+Every figure is a comparison inside one run: with and without Argus, or Argus and the floor, in turns.
+--peer installs the published SDK into an environment of its own (under the user's cache folder),
+answers it from a stub on the loopback interface, and measures it in the same turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from typing import Any, Dict, List, Sequence
+
+import peer
+from children import Child, Package, our_package
+from measure import (
+    Progress,
+    Row,
+    arguments,
+    at_most,
+    finish,
+    information,
+    median,
+    percentile,
+)
+
+_TURNS = 20  # of each package in a measurement
+_IMPORTS = 10
+_NO_TORCH = "torch is not installed: not measured"
+
+_IMPORT_CODE = """
+import json, sys, time
+before = set(sys.modules)
+begin = time.perf_counter()
+import plarv
+taken = time.perf_counter() - begin
+roots = {name.partition(".")[0] for name in set(sys.modules) - before}
+known = set(sys.stdlib_module_names) | {"plarv", "plarv_schemas", "plarv_processors", "plarv_sinks"}
+print(json.dumps({"ms": taken * 1e3, "foreign": sorted(roots - known)}))
+"""
+
+
+def main() -> None:
+    """Measures every row, prints the table, writes the JSON."""
+    parser = arguments(__doc__, "overhead")
+    parser.add_argument("--peer", action="store_true", help="measure the published SDK too")
+    options = parser.parse_args()
+    load_before = os.getloadavg()[0]
+    scale = 0.1 if options.quick else 1.0
+    with ExitStack() as stack:
+        packages = [our_package()]
+        if options.peer:
+            try:
+                packages.append(peer.install(stack.enter_context(peer.Stub())))
+            except RuntimeError as error:
+                print(f"{peer.PEER} cannot be installed, so it is left out: {error}")
+        rows = [
+            *paused_steps(packages, int(10_000 * scale)),
+            *tight_steps(packages, int(100_000 * scale)),
+            *training_steps(packages, max(1, int(10 * scale))),
+            *cpu_time(max(2, int(16 * scale))),
+            *resident_memory(packages, int(1_000_000 * scale)),
+            import_time(),
+            exit_time(int(200_000 * scale)),
+        ]
+    finish("overhead", rows, options.json, quick=options.quick, load_before=load_before)
+
+
+def paused_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+    """step(float, grad_norm=float) with 2 ms between steps, against the floor."""
+    blocks = _in_turns(f"{steps:,} steps with pauses", packages, "paused", steps // _TURNS)
+    rows: List[Row] = []
+    for package in packages:
+        floor = [value for block in blocks[package.name] for value in block["floor_us"]]
+        step = [value for block in blocks[package.name] for value in block["step_us"]]
+        for fraction, limit in ((0.5, 2.0), (0.99, 2.5)):
+            step_us, floor_us = percentile(step, fraction), percentile(floor, fraction)
+            ratio = step_us / floor_us
+            rows.append(
+                _ours(
+                    package,
+                    f"step(float), 2 ms pauses, {steps:,} steps, p{fraction * 100:g}",
+                    f"{ratio:.2f} x the floor ({step_us:.1f} of {floor_us:.1f} us)",
+                    ratio,
+                    limit,
+                    "x",
+                    step_us=step_us,
+                    floor_us=floor_us,
+                )
+            )
+    return rows
+
+
+def tight_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+    """The same in a tight loop."""
+    blocks = _in_turns(f"{steps:,} steps, tight", packages, "tight", steps // _TURNS)
+    rows: List[Row] = []
+    for package in packages:
+        step = [value for block in blocks[package.name] for value in block["step_us"]]
+        middle, high = percentile(step, 0.5), percentile(step, 0.99)
+        what = f"step(float), tight loop, {steps:,} steps, p50"
+        measured = f"{middle:.2f} us (p99 {high:.2f})"
+        rows.append(_ours(package, what, measured, middle, 5.0, "us", p99_us=high))
+    return rows
+
+
+def training_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+    """step(tensor) with a model: what it adds to the whole training step, beyond a bare norm."""
+    what = "step(tensor), 12 x 512 MLP, beyond a bare norm"
+    if importlib.util.find_spec("torch") is None:
+        return [information(what, _NO_TORCH)]
+    turns = 6 * _TURNS if steps > 1 else _TURNS
+    blocks = _in_turns("training steps", packages, "training", max(5, steps), turns)
+    rows: List[Row] = []
+    for package in packages:
+        norm, step, added, in_place = _training_medians(blocks[package.name])
+        beyond = (added - norm) / norm * 100
+        rows.append(
+            _ours(
+                package,
+                what,
+                f"{beyond:.0f} % of the norm (adds {added:.3f} ms to {step:.1f}; norm {norm:.3f})",
+                beyond,
+                30.0,
+                "%",
+                added_ms=added,
+                norm_ms=norm,
+                norm_in_training_ms=in_place,
+                training_step_ms=step,
+            )
+        )
+    return rows
+
+
+def _training_medians(blocks: Sequence[Any]) -> List[float]:
+    """Milliseconds: the norm alone, the step, what Argus adds, what a norm in its place adds."""
+    middles = [{name: median(values) for name, values in block.items()} for block in blocks]
+    return [
+        median([block["norm_ms"] for block in middles]),
+        median([block["bare_ms"] for block in middles]),
+        median([block["argus_ms"] - block["bare_ms"] for block in middles]),
+        median([block["normed_ms"] - block["bare_ms"] for block in middles]),
+    ]
+
+
+def cpu_time(pairs: int) -> List[Row]:
+    """Process CPU time that Argus adds to steps of 10 ms, engine running."""
+    rows: List[Row] = []
+    for workload, name in (("cpu", "that holds the GIL"), ("cpu_torch", "in torch, two threads")):
+        what = f"CPU time added to a 10 ms step {name}"
+        if workload == "cpu_torch" and importlib.util.find_spec("torch") is None:
+            rows.append(information(what, _NO_TORCH))
+            continue
+        rows.append(_cpu_row(workload, what, pairs))
+    return rows
+
+
+def _cpu_row(workload: str, what: str, pairs: int) -> Row:
+    steps, warm_up = 200, 64
+    added: List[float] = []
+    cpu: List[float] = []
+    threads: List[float] = []
+    bar = Progress(what, pairs)
+    with Child(our_package(), workload) as child:
+        child.ask(count=20, warm_up=0, watched=True)
+        for pair in range(pairs):
+            found: Dict[bool, Dict[str, float]] = {}
+            for watched in (True, False) if pair % 2 else (False, True):
+                found[watched] = child.ask(count=steps, warm_up=warm_up, watched=watched)
+            cpu.append(found[False]["cpu_us"])
+            added.append(found[True]["cpu_us"] / cpu[-1] - 1.0)
+            threads.append(found[True]["threads_us"])
+            bar.add()
+    bar.close()
+    share, bare, engine = median(added) * 100, median(cpu), median(threads)
+    return at_most(
+        what,
+        f"{share:+.2f} % (engine {engine:.0f} us of {bare:.0f})",
+        share,
+        1.0,
+        "%",
+        spread_percent=(percentile(added, 0.75) - percentile(added, 0.25)) * 100,
+        engine_us=engine,
+        step_cpu_us=bare,
+    )
+
+
+def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
+    """MB held after many steps, against those after 1,000."""
+    rows: List[Row] = []
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(package, "memory")) for package in packages]
+        first = [child.ask(count=1000, settle_s=2.0)["resident_mb"] for child in children]
+        peaks = list(first)
+        bar = Progress(f"{steps:,} steps, memory", _TURNS * len(children))
+        for _ in range(_TURNS):
+            for number, child in enumerate(children):
+                found = child.ask(count=(steps - 1000) // _TURNS)
+                peaks[number] = max(peaks[number], found["resident_mb"])
+                bar.add()
+        bar.close()
+        for child, begun, peak in zip(children, first, peaks):
+            last = child.ask(count=0, settle_s=120.0)
+            grown = last["resident_mb"] - begun
+            rows.append(
+                _ours(
+                    child.package,
+                    f"resident memory after {steps:,} steps, against 1,000",
+                    f"{grown:+.1f} MB ({begun:.0f} at first, {peak:.0f} at most)",
+                    grown,
+                    20.0,
+                    "MB",
+                    first_mb=begun,
+                    last_mb=last["resident_mb"],
+                    peak_mb=peak,
+                    lag_steps=last["lag"],
+                )
+            )
+    return rows
+
+
+def import_time() -> Row:
+    """`import plarv` in a fresh process, and whether it loads the standard library alone."""
+    package = our_package()
+    taken: List[float] = []
+    foreign: List[str] = []
+    for _ in range(_IMPORTS + 1):
+        command = [package.python, "-c", _IMPORT_CODE]
+        done = subprocess.run(
+            command, env=dict(package.environment), capture_output=True, text=True, check=True
+        )
+        found = json.loads(done.stdout)
+        taken.append(found["ms"])
+        foreign = found["foreign"]
+    middle, best = median(taken[1:]), min(taken[1:])  # the first may have had to compile
+    only = "standard library only" if not foreign else f"loads {', '.join(foreign)}"
+    row = at_most(
+        "import plarv, standard library only",
+        f"{middle:.1f} ms (best {best:.1f}), {only}",
+        middle,
+        30.0,
+        "ms",
+        best_ms=best,
+        foreign=foreign,
+    )
+    return row._replace(ok=bool(row.ok) and not foreign)
+
+
+def exit_time(behind: int) -> Row:
+    """complete() and the end of the process, with the embedded engine behind."""
+    with Child(our_package(), "exit") as child:
+        found = child.ask(count=behind)
+        total = child.end() - found["begin"]
+    return at_most(
+        f"exit with the engine {behind:,} steps behind",
+        f"{total:.2f} s (complete() {found['complete_s']:.2f}; {found['lag']:,.0f} behind)",
+        total,
+        2.0,
+        "s",
+        complete_s=found["complete_s"],
+        lag_steps=found["lag"],
+    )
+
+
+def _in_turns(
+    what: str, packages: Sequence[Package], workload: str, count: int, turns: int = _TURNS
+) -> Dict[str, List[Any]]:
+    """Each package's answers to ``turns`` blocks of ``count``, the packages taking turns."""
+    found: Dict[str, List[Any]] = {package.name: [] for package in packages}
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(package, workload)) for package in packages]
+        bar = Progress(what, turns * len(children))
+        for _ in range(turns):
+            for child in children:
+                found[child.package.name].append(child.ask(count=max(1, count)))
+                bar.add()
+        bar.close()
+    return found
+
+
+def _ours(
+    package: Package, what: str, measured: str, value: float, limit: float, unit: str, **more: Any
+) -> Row:
+    """A row with its reach for this Argus, and without one for the peer."""
+    if package.python == sys.executable:
+        return at_most(what, measured, value, limit, unit, **more)
+    return information(f"   {package.name}", measured, value=value, unit=unit, **more)
+
+
+if __name__ == "__main__":
+    main()
