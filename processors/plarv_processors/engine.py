@@ -170,6 +170,7 @@ class Engine:
     def _run(self, updates: Sequence[_Update], event: StepEvent) -> List[Verdict]:
         found: List[Verdict] = []
         calls: Iterator[_Update] = iter(updates)
+        update: Optional[_Update] = None
         while True:
             try:
                 for update in calls:
@@ -177,10 +178,10 @@ class Engine:
                     if verdicts:
                         found.extend(verdicts)
                 return found
-            except Exception as error:  # the one place where a detector's fault ends
+            except Exception as error:  # noqa: BLE001 - the one place where a detector's fault ends
                 self._leave_out(update, error)
 
-    def _leave_out(self, update: _Update, error: Exception) -> None:
+    def _leave_out(self, update: Optional[_Update], error: Exception) -> None:
         """The detector that raised is off from here on: part of the fold, so a replay does the same."""
         detector = next((d for d in self.detectors if d.update == update), None)
         name = detector.name if detector is not None else repr(update)

@@ -18,6 +18,7 @@ __all__ = ["dump", "pack", "restore", "unpack"]
 
 _STATIC = frozenset({"config", "version"})
 _PLAIN = (type(None), bool, int, float, str, bytes)
+_HELD: Tuple[type, ...] = (*_PLAIN, array, tuple, list, dict)
 
 
 def _state_names(obj: object) -> List[str]:
@@ -30,17 +31,18 @@ def _state_names(obj: object) -> List[str]:
     return sorted({name for name in names if name not in derived and not name.startswith("__")})
 
 
-def dump(obj: object) -> Any:
+def dump(obj: Any) -> Any:
     """The state of ``obj`` as plain data: None, numbers, strings, bytes, tuples, lists, dicts, arrays."""
     if isinstance(obj, _PLAIN):
         return obj
-    if isinstance(obj, array):
-        return array(obj.typecode, obj)
-    if isinstance(obj, tuple):
+    kind: Any = type(obj)
+    if issubclass(kind, array):
+        return obj[:]
+    if issubclass(kind, tuple):
         return tuple([dump(item) for item in obj])
-    if isinstance(obj, list):
+    if issubclass(kind, list):
         return [dump(item) for item in obj]
-    if isinstance(obj, dict):
+    if issubclass(kind, dict):
         return {key: dump(value) for key, value in obj.items()}
     return tuple([dump(getattr(obj, name)) for name in _state_names(obj)])
 
@@ -52,11 +54,12 @@ def restore(obj: object, state: Any) -> None:
     ValueError when the state is of another shape.
     """
     names = _state_names(obj)
-    if not isinstance(state, tuple) or len(state) != len(names):
+    values: Tuple[Any, ...] = tuple(state) if isinstance(state, tuple) else ()  # pyright: ignore
+    if len(values) != len(names):
         raise ValueError(f"the state is not one of {type(obj).__name__}")
-    for name, value in zip(names, state):
-        current = getattr(obj, name)
-        if isinstance(current, (*_PLAIN, array, tuple, list, dict)):
+    for name, value in zip(names, values):
+        current: object = getattr(obj, name)
+        if isinstance(current, _HELD):
             setattr(obj, name, dump(value))
         else:
             restore(current, value)
@@ -85,6 +88,7 @@ def unpack(data: bytes) -> Any:
 
 
 def _pack(value: Any, out: List[bytes]) -> None:
+    kind: Any = type(value)
     if value is None:
         out.append(b"N")
     elif value is True:
@@ -106,14 +110,14 @@ def _pack(value: Any, out: List[bytes]) -> None:
         out.append(struct.pack("<cI", b"s", len(text)) + text)
     elif isinstance(value, bytes):
         out.append(struct.pack("<cI", b"y", len(value)) + value)
-    elif isinstance(value, array):
-        raw = value.tobytes()
+    elif kind is array:
+        raw: bytes = value.tobytes()
         out.append(struct.pack("<ccI", b"a", value.typecode.encode(), len(raw)) + raw)
-    elif isinstance(value, (tuple, list)):
-        out.append(struct.pack("<cI", b"t" if isinstance(value, tuple) else b"l", len(value)))
+    elif kind in (tuple, list):
+        out.append(struct.pack("<cI", b"t" if kind is tuple else b"l", len(value)))
         for item in value:
             _pack(item, out)
-    elif isinstance(value, dict):
+    elif kind is dict:
         out.append(struct.pack("<cI", b"m", len(value)))
         for key, item in value.items():
             _pack(key, out)
@@ -133,7 +137,7 @@ def _unpack(data: bytes, at: int) -> Tuple[Any, int]:
     if tag == b"a":
         typecode = data[at : at + 1].decode()
         (size,) = _SIZE.unpack_from(data, at + 1)
-        values = array(typecode)
+        values: array[Any] = array(typecode)
         values.frombytes(data[at + 5 : at + 5 + size])
         return values, at + 5 + size
     if tag not in (b"I", b"s", b"y", b"t", b"l", b"m"):

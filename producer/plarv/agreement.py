@@ -1,8 +1,8 @@
 """How the ranks of a job act at one step or not at all, by torch.distributed's key-value store.
 
-No collective is called. Each rank that has an action says so in the store; a background thread writes
-``apply`` once all have; at the action's step each rank writes ``drop`` unless something stands there,
-and obeys what stands. ``compare_set`` decides once for all of them.
+No collective is called. Each rank that has an action says so in the store; a background thread
+writes ``apply`` once all have; at the action's step each rank writes ``drop`` unless something
+stands there, and obeys what stands. ``compare_set`` decides once for all of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["StoreAgreement"]
 class StoreAgreement:
     """The ranks' agreement on each action.
 
-    ``announce`` and ``settle`` are the training thread's, ``tend`` the background's. No call waits for
-    a key: ``check`` asks whether it is there, and ``get`` is never used (it holds the client's lock
-    until the key comes).
+    ``announce`` and ``settle`` are the training thread's, ``tend`` the background's. No call waits
+    for a key: ``check`` asks whether it is there, and ``get`` is never used (it holds the client's
+    lock until the key comes).
     """
 
     def __init__(self, identity: Identity, store: Any = None) -> None:
@@ -48,7 +48,7 @@ class StoreAgreement:
         try:
             for name, told in list(self._announce.items()):
                 self._tend(store, name, told)
-        except RuntimeError:  # the store is gone, and with it the job: nothing can be agreed any more
+        except RuntimeError:  # the store is gone, and with it the job
             self._announce.clear()
 
     def settle(self, action: Action) -> bool:
@@ -61,7 +61,7 @@ class StoreAgreement:
             stands = store.compare_set(f"argus/{action.id}", "", "drop")
         except RuntimeError:  # the store is gone: so is the job
             return False
-        return bytes(stands) == b"apply" if isinstance(stands, (bytes, bytearray)) else stands == "apply"
+        return bytes(stands) == b"apply"
 
     def _tend(self, store: Any, name: str, told: bool) -> None:
         if not told:

@@ -42,6 +42,10 @@ class Argus:
     ('CONTINUE', 0.0)
     """
 
+    _session: Optional[Session]
+    _writer: Any  # a JournalWriter, or what stands in its place
+    _lr_group: Optional[Mapping[str, Any]]
+
     def __init__(
         self,
         api_key: Optional[str] = None,
@@ -74,12 +78,8 @@ class Argus:
     ) -> None:
         given = dict(locals())
         del given["self"]
+        self._disarm()
         self._catch = catch_exceptions is not False
-        self._next_step = 0
-        self._session: Optional[Session] = None
-        self._writer: Any = lifecycle.CLOSED
-        self._decision = CONTINUE
-        self._lr_group: Optional[Mapping[str, Any]] = None
         if settings.flag("ARGUS_DISABLED"):
             return
         check_arguments(given)
@@ -259,18 +259,22 @@ class Argus:
 
     def _after_fork(self) -> None:
         """In a forked child: the run stays the parent's."""
-        self._writer = lifecycle.CLOSED
-        session, self._session = self._session, None
+        session = self._session
+        self._disarm()
         if session is not None:
             session.abandon()
+
+    def _disarm(self) -> None:
+        """Inert: no run, nothing to write to."""
+        self._catch = True
+        self._next_step = 0
+        self._session = None
+        self._writer = lifecycle.CLOSED
+        self._decision = CONTINUE
+        self._lr_group = None
 
 
 def _inert() -> Argus:
     argus = Argus.__new__(Argus)
-    argus._catch = True
-    argus._next_step = 0
-    argus._session = None
-    argus._writer = lifecycle.CLOSED
-    argus._decision = CONTINUE
-    argus._lr_group = None
+    argus._disarm()  # pyright: ignore[reportPrivateUsage] - it is ours
     return argus

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, List
+from typing import TYPE_CHECKING, Any, List
 
-__all__ = ["BUILTIN", "Detector", "Verdict", "fingerprint", "load", "registered", "verdict"]  # noqa: F822
+if TYPE_CHECKING:
+    from plarv_processors.detectors import BUILTIN, load, registered
+    from plarv_processors.detectors.detector import Detector, fingerprint, verdict
+    from plarv_schemas.events import Verdict
+
+__all__ = ["BUILTIN", "Detector", "Verdict", "fingerprint", "load", "registered", "verdict"]
 
 _HOMES = {
     "Detector": "plarv_processors.detectors.detector",

@@ -46,7 +46,8 @@ def discover(run_id: Optional[str], environment: Optional[Mapping[str, str]] = N
         rank, world_size = int(distributed.get_rank()), int(distributed.get_world_size())
     else:
         rank, world_size = _first(env, _RANK, 0), _first(env, _WORLD, 1)
-        if env.get("SLURM_STEP_ID") is None and not any(name in env for name in _RANK if name[:5] != "SLURM"):
+        others = [name for name in _RANK if not name.startswith("SLURM") and name in env]
+        if env.get("SLURM_STEP_ID") is None and not others:
             # In a batch script outside `srun` the variables describe the job, not this process.
             rank, world_size = _first(env, ("RANK",), 0), _first(env, ("WORLD_SIZE",), 1)
     world_size = max(1, world_size)
@@ -119,10 +120,11 @@ def _agree_by_store(distributed: Any) -> Optional[str]:
 def _torch_distributed() -> Any:
     """torch.distributed where it is initialised, else None. Never imports torch."""
     torch = sys.modules.get("torch")
-    distributed = getattr(torch, "distributed", None)
+    distributed: Any = getattr(torch, "distributed", None)
     try:
-        ready = distributed is not None and distributed.is_available()
-        return distributed if ready and distributed.is_initialized() else None
+        if distributed is None or not distributed.is_available():
+            return None
+        return distributed if distributed.is_initialized() else None
     except (AttributeError, RuntimeError):
         return None
 

@@ -1,4 +1,4 @@
-"""What the training process does about an action: in AUTO, or for an operator's order it accepts."""
+"""What the training process does about an action, in AUTO or for an order that it accepts."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ class Interventions:
 
 
 def call_on_pause(handler: Callable[..., object], action: Action, faults: Faults) -> None:
-    """Calls the user's handler with the action as a mapping; what it raises is counted, not raised."""
+    """Calls the user's handler with the action as a mapping; what it raises is only counted."""
     try:
         handler(action.to_dict())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - anybody's handler
         faults.count(f"on_pause raised {type(error).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping, Sequence
 
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS
 
@@ -17,20 +17,26 @@ def local_columns(report: Any) -> Dict[str, Any]:
     A check that the report does not have is ok with a score of NaN. TypeError where it is no report.
     """
     to_dict = getattr(report, "to_dict", None)
-    data = to_dict() if callable(to_dict) else report
-    if not isinstance(data, Mapping) or not isinstance(data.get("checks"), Mapping):
-        raise TypeError("local_report must be a LocalDetector's report or its to_dict()")
-    levels, scores = [], []
+    data = _mapping(to_dict() if callable(to_dict) else report)
+    checks = _mapping(data.get("checks"))
+    levels: List[int] = []
+    scores: List[float] = []
     for name in LOCAL_CHECKS:
-        check = data["checks"].get(name)
-        found = check if isinstance(check, Mapping) else {}
-        level = found.get("level", "ok")
+        check = _mapping(checks.get(name, {}))
+        level = check.get("level", "ok")
         levels.append(LEVELS.index(level) if level in LEVELS else 0)
-        score = found.get("score")
+        score = check.get("score")
         scores.append(float(score) if isinstance(score, (int, float)) else float("nan"))
-    layers = data.get("top_affected_layers") or ()
+    layers: Sequence[object] = data.get("top_affected_layers") or ()
     return {
         "local_levels": tuple(levels),
         "local_scores": tuple(scores),
         "local_layers": tuple(str(layer) for layer in list(layers)[:_MAX_LAYERS]),
     }
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not hasattr(value, "get"):
+        raise TypeError("local_report must be a LocalDetector's report or its to_dict()")
+    found: Mapping[str, Any] = value
+    return found

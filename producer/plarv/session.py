@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 from plarv import settings
 from plarv.agreement import StoreAgreement
@@ -84,8 +84,8 @@ class Session:
     def learning_rate_group(self) -> Optional[Mapping[str, Any]]:
         """The parameter group whose rate the hot path may read: one with a plain float."""
         optimizer = self._signals.optimizer()
-        groups = getattr(optimizer, "param_groups", None) or [{}]
-        group: Mapping[str, Any] = groups[0]
+        groups: Sequence[Mapping[str, Any]] = getattr(optimizer, "param_groups", None) or [{}]
+        group = groups[0]
         return group if type(group.get("lr")) is float else None
 
     def start(self, data: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file).get("tool", {}).get("argus", {})
+            table: Mapping[str, Any] = tomllib.load(file).get("tool", {}).get("argus", {})
     except (OSError, tomllib.TOMLDecodeError):
         return {}
-    return table if isinstance(table, dict) else {}
+    return table if hasattr(table, "get") else {}

@@ -244,10 +244,11 @@ def to_json_value(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return {str(k): to_json_value(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        items: List[Any] = [to_json_value(v) for v in value]
+    kind: Any = type(value)
+    if issubclass(kind, Mapping):
+        return {str(name): to_json_value(item) for name, item in value.items()}
+    if issubclass(kind, (list, tuple)):
+        items: List[Any] = [to_json_value(item) for item in value]
         return items
     return value
 

@@ -251,7 +251,7 @@ def _unpack_list(name: str, data: bytes, at: int, end: int) -> Tuple[Tuple[Any, 
             items.append(data[at + 2 : at + 2 + length].decode("utf-8", "replace"))
             at += 2 + length
         return tuple(items), at
-    values = array(typecode)
+    values: array[Any] = array(typecode)
     stop = at + count * values.itemsize
     if stop > end:
         raise ValueError("a list runs past its record")

@@ -190,7 +190,8 @@ class SessionReader:
         run_id, session, rank = header.run_id, header.session, header.rank
         world_size = header.world_size
         to_utc = header.utc_ns - header.clock_ns
-        unpack_core, new = CORE_STRUCT.unpack_from, tuple.__new__
+        unpack_core = CORE_STRUCT.unpack_from
+        new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         append = events.append
         record = self.record
         while len(events) < limit and length - at >= RECORD_HEAD.size + 8:
@@ -240,10 +241,11 @@ class SessionReader:
                 )  # fmt: skip
             if kind == CONTROL:
                 rank, name, content = unpack_control(data, body)
+                kind_of: Any = name  # a later version's kind is passed on as it is
                 when = None if step == NO_STEP else step
                 return ControlEvent(
-                    header.run_id, header.session, record, rank, name, clock + to_utc, when, content
-                )  # type: ignore[arg-type]  # a later version's kind is passed on as it is
+                    header.run_id, header.session, record, rank, kind_of, clock + to_utc, when, content
+                )
         except (struct.error, ValueError, TypeError):
             return None
         return None

@@ -17,8 +17,9 @@ from typing import Any, Deque, Mapping, Optional, Tuple
 from plarv_schemas.journal import (
     CORE,
     CORE_STRUCT,
-    MAX_RECORD_BYTES,
     NO_STEP,
+    RECORD_HEAD,
+    TRAILER,
     SegmentHeader,
     pack_control,
     segment_name,
@@ -31,7 +32,8 @@ SEGMENT_BYTES = 4 * 1024 * 1024
 next one."""
 
 _PAGE = 4096
-_MAX_WAITING = 16_384  # records that wait in memory while no segment is ready: 2 MB
+_MAX_WAITING = 16_384  # records that wait in memory while no segment is ready ...
+_MAX_WAITING_BYTES = 8 * 1024 * 1024  # ... and their bytes: long lists are long records
 
 
 class JournalWriter:
@@ -42,13 +44,14 @@ class JournalWriter:
     goes through :meth:`append`. ``prepare`` and ``close`` are another thread's.
 
     An event that finds no room is lost, and with it every later one, so that the log has an end and
-    no hole; ``lost`` counts them and ``ended`` says why.
+    no hole; ``lost`` counts them and ``ended`` says why. ``position`` and ``record`` belong together:
+    after an exception that came from outside between two lines (Ctrl-C), :meth:`settle` says so.
     """
 
     __slots__ = (
         "buffer", "position", "limit", "record", "lost", "ended", "last_clock_ns", "last_step",
         "run_id", "session", "rank", "world_size", "folder", "segment", "prepared_bytes",
-        "held", "_spares", "_waiting", "_segment_bytes", "_next_segment", "_closed",
+        "held", "_spares", "_waiting", "_waiting_bytes", "_segment_bytes", "_next_segment", "_closed",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +77,7 @@ class JournalWriter:
         self._next_segment = 0
         self._spares: Deque[Tuple[int, mmap.mmap]] = deque()
         self._waiting: Deque[bytes] = deque()
+        self._waiting_bytes = 0
         self._closed = False
         self.held = False
         self.buffer: mmap.mmap = mmap.mmap(-1, _PAGE)
@@ -101,12 +105,16 @@ class JournalWriter:
             self._next_segment = number + 1
             self.prepared_bytes += size
             self._spares.append((number, buffer))
+        if self._closed:  # meanwhile, by the other thread
+            self._drop_spares()
 
     def rotate(self) -> bool:
         """Moves on to the next segment that is ready; False where none is. Never waits."""
+        while self._spares and self._spares[0][0] <= self.segment:
+            self._spares.popleft()  # taken already, by a call that a signal's handler broke off
         if self._closed or not self._spares:
             return False
-        number, buffer = self._spares.popleft()
+        number, buffer = self._spares[0]
         self._remember_last()
         header = SegmentHeader(
             self.run_id,
@@ -122,10 +130,10 @@ class JournalWriter:
         ).pack()
         buffer[8 : len(header)] = header[8:]
         buffer[:8] = header[:8]  # the magic last: from here on the segment counts
-        self.buffer = buffer
-        self.segment = number
-        self.position = len(header)
-        self.limit = 0 if self.held else self._segment_bytes - CORE_STRUCT.size
+        self.limit = 0
+        self.buffer, self.segment, self.position = buffer, number, len(header)
+        self._spares.popleft()
+        self.hold(self.held)
         return True
 
     def hold(self, held: bool) -> None:
@@ -136,12 +144,10 @@ class JournalWriter:
 
     def append(self, packed: bytes) -> bool:
         """Writes one packed record, made with ``record`` as its number; False: it was lost."""
-        if self.ended or self._closed:
-            self.lost += 1
+        if self.ended or self._closed or len(packed) > self._segment_bytes - 512:
+            self.lost += 1  # the latter only with the tiny segments of tests and orders
             return False
-        if self._waiting and not self.flush():
-            return self._wait(packed)
-        if not self._write(packed):
+        if (self._waiting and not self.flush()) or not self._write(packed):
             return self._wait(packed)
         self.record += 1
         return True
@@ -149,11 +155,26 @@ class JournalWriter:
     def flush(self) -> bool:
         """Writes what waits in memory for a segment; True when nothing waits any more."""
         while self._waiting:
-            if not self._write(self._waiting[0]):
+            packed = self._waiting[0]
+            if not self._write(packed):
                 self.limit = 0
                 return False
             self._waiting.popleft()
+            self._waiting_bytes -= len(packed)
         return True
+
+    def settle(self) -> None:
+        """Counts a record that is whole in the segment, but not yet in ``position`` and ``record``."""
+        if self.segment < 0 or self._waiting or self._closed:
+            return
+        before = TRAILER.unpack_from(self.buffer, self.position - TRAILER.size)[0]
+        if before == self.record + 1:
+            self.record += 1
+        size = int.from_bytes(self.buffer[self.position : self.position + 4], "little")
+        end = self.position + size
+        if size > RECORD_HEAD.size and end <= self._segment_bytes:
+            if TRAILER.unpack_from(self.buffer, end - TRAILER.size)[0] == self.record + 1:
+                self.position, self.record = end, self.record + 1
 
     def control(
         self, kind: str, *, step: Optional[int], rank: Optional[int], data: Mapping[str, Any]
@@ -167,21 +188,35 @@ class JournalWriter:
         """Cuts the last segment to its length and removes those that were never used."""
         if self._closed:
             return
-        self.flush()
+        if not self.flush() and not self.ended:
+            try:
+                self.prepare(spares=1)
+            except OSError:
+                pass  # no room: what waits is lost
+            self.flush()
         self.lost += len(self._waiting)
         self._waiting.clear()
         self._closed = True
         self.limit = 0
+        # A step that another thread is in the midst of must not touch the pages that are cut off.
+        self.buffer = mmap.mmap(-1, _PAGE)
         if self.segment >= 0:
             path = self.folder / segment_name(self.rank, self.session, self.segment)
             try:
                 os.truncate(path, self.position)
             except OSError:
                 pass  # the zeros behind the last record say the same
-        while self._spares:
-            number, _ = self._spares.popleft()
+        self._drop_spares()
+
+    def _drop_spares(self) -> None:
+        """Removes the segments that were never used; two threads may do so at once."""
+        while True:
             try:
-                os.unlink(self.folder / segment_name(self.rank, self.session, number))
+                number, _ = self._spares.popleft()
+                if number > self.segment:
+                    os.unlink(self.folder / segment_name(self.rank, self.session, number))
+            except IndexError:
+                return
             except OSError:
                 pass  # gone already
 
@@ -200,9 +235,6 @@ class JournalWriter:
             return False
         at = self.position
         end = at + size
-        if end > self._segment_bytes:  # larger than a whole segment: only with tiny test segments
-            self.lost += 1
-            return True
         # The size goes in last: a copy may run in any order, and until then the record is not there.
         self.buffer[at + 4 : end] = packed[4:]
         self.buffer[at : at + 4] = packed[:4]
@@ -210,11 +242,13 @@ class JournalWriter:
         return True
 
     def _wait(self, packed: bytes) -> bool:
-        if len(self._waiting) >= _MAX_WAITING or len(packed) > MAX_RECORD_BYTES // 16:
+        size = self._waiting_bytes + len(packed)
+        if len(self._waiting) >= _MAX_WAITING or size > _MAX_WAITING_BYTES:
             self.ended = "no journal segment could be made in time"
             self.lost += 1
             return False
         self._waiting.append(packed)
+        self._waiting_bytes = size
         self.limit = 0  # nothing may overtake what waits
         self.record += 1
         return True

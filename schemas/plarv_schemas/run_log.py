@@ -70,7 +70,7 @@ class RunLog:
             reader = self._readers.get(session)
             if reader is None:
                 reader = self._readers[session] = SessionReader(self.folder, rank, session)
-            reader.seek(tuple(position))  # type: ignore[arg-type]
+            reader.seek(tuple(position))
 
     @property
     def settled(self) -> bool:

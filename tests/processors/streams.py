@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from plarv_schemas.events import LOCAL_CHECKS, StepEvent
 
@@ -33,7 +33,7 @@ DATASET = 2_000  # samples
 
 
 def language_model(steps: int = 2_000, seed: int = 0) -> List[StepEvent]:
-    """Pretraining with every scalar column: a power law, warm-up and cosine, AdamW's update norm."""
+    """Pretraining with every scalar column: a power law, warm-up and cosine, AdamW's updates."""
     chance = random.Random(seed)
     events: List[StepEvent] = []
     for step in range(steps):
@@ -193,7 +193,7 @@ def with_samples(steps: int = 600, seed: int = 0) -> List[StepEvent]:
     return events
 
 
-def _samples(chance: random.Random, learned: float) -> Dict[str, object]:
+def _samples(chance: random.Random, learned: float) -> Dict[str, Any]:
     margins = tuple(chance.gauss(4.0 * learned - 0.5, 1.5) for _ in range(BATCH))
     right = [1.0 / (1.0 + math.exp(-margin)) for margin in margins]
     losses = tuple(-math.log(max(share, 1e-9)) for share in right)
@@ -212,7 +212,7 @@ def _samples(chance: random.Random, learned: float) -> Dict[str, object]:
 
 
 def fleet(ranks: int = 4, steps: int = 400, seed: int = 0) -> List[StepEvent]:
-    """Complete steps of data-parallel ranks: own losses and times, one all-reduced gradient norm."""
+    """Complete steps of data-parallel ranks: own losses and times, one gradient norm."""
     chance = random.Random(seed + 1)
     return [
         joined(

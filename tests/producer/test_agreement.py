@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.util
-import itertools
+import datetime as dt
 import random
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import pytest
 
@@ -49,7 +47,7 @@ class GoneStore:
     def set(self, *_: object) -> None:
         raise RuntimeError("Broken pipe")
 
-    check = compare_set = set
+    check = compare_set = set  # noqa: A003 - as the store calls it
 
 
 class Optimizer:
@@ -201,29 +199,19 @@ def test_a_store_that_is_gone_agrees_to_nothing_and_raises_nothing() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_in_every_interleaving_all_ranks_act_or_none_does(world_size: int) -> None:
     chance = random.Random(world_size)
-    seen = set()
+    seen: Set[str] = set()
     for _ in range(400):
-        store = Store()
+        store, action = Store(), make_action(apply_step=4)
         ranks = [Rank(store, rank, world_size) for rank in range(world_size)]
-        action = make_action(apply_step=4)
-        # Each rank: when it hears of the action, and its own steps; their threads come in between.
-        hears = [chance.choice([0, 1, 2, 3, 4, 5, 6]) for _ in ranks]
-        turns: List[Callable[[], None]] = []
-        order = [rank for rank in range(world_size) for _ in range(8)]
-        chance.shuffle(order)
-        steps = [itertools.count() for _ in ranks]
-        for rank in order:
-
-            def turn(rank: int = rank) -> None:
-                step = next(steps[rank])
-                ranks[rank].step(step, *([action] if step == hears[rank] else []))
-
-            turns.append(turn)
-            turns.extend(
-                ranks[chance.randrange(world_size)].agreement.tend for _ in range(chance.randrange(4))
-            )
-        for each in turns:
-            each()
+        hears = [chance.randrange(7) for _ in ranks]  # the step at which each hears of the action
+        steps = [0] * world_size
+        turns = [rank for rank in range(world_size) for _ in range(8)]
+        chance.shuffle(turns)
+        for rank in turns:
+            ranks[rank].step(steps[rank], *([action] if steps[rank] == hears[rank] else []))
+            steps[rank] += 1
+            for _ in range(chance.randrange(4)):  # background threads, whenever they like
+                ranks[chance.randrange(world_size)].agreement.tend()
         done = {kind for rank in ranks for kind in rank.kinds}
         assert len(done) == 1, [rank.reports for rank in ranks]
         if done == {"action_applied"}:
@@ -232,12 +220,10 @@ def test_in_every_interleaving_all_ranks_act_or_none_does(world_size: int) -> No
     assert seen == {"action_applied", "action_dropped"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_the_store_of_these_tests_behaves_as_torchs_own_does() -> None:
-    import torch.distributed as distributed
-
+    distributed: Any = pytest.importorskip("torch.distributed")
     real = distributed.TCPStore(
-        "127.0.0.1", 0, 2, True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False
+        "127.0.0.1", 0, 2, True, timeout=dt.timedelta(seconds=20), wait_for_workers=False
     )
     stores: List[Any] = [Store(), distributed.PrefixStore("default_pg", real)]
     for call in (
@@ -256,15 +242,13 @@ def test_the_store_of_these_tests_behaves_as_torchs_own_does() -> None:
         assert ours == theirs
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_two_ranks_agree_by_torchs_own_store() -> None:
-    import torch.distributed as distributed
-
+    distributed: Any = pytest.importorskip("torch.distributed")
     host = distributed.TCPStore(
-        "127.0.0.1", 0, 2, True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False
+        "127.0.0.1", 0, 2, True, timeout=dt.timedelta(seconds=20), wait_for_workers=False
     )
     other = distributed.TCPStore(
-        "127.0.0.1", host.port, 2, False, timeout=datetime.timedelta(seconds=20)
+        "127.0.0.1", host.port, 2, False, timeout=dt.timedelta(seconds=20)
     )
     ranks = [Rank(host, 0), Rank(other, 1)]
     for step in range(30):

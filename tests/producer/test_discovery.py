@@ -21,7 +21,6 @@ from plarv.discovery import (  # noqa: E402
     unwrap,
 )
 
-
 Module: Any = torch.nn.Module
 IterableDataset: Any = torch.utils.data.IterableDataset
 

@@ -52,7 +52,9 @@ class LossSpike:
         high_z: float = 3.0  # still high, for the confirmation
         high_ratio: float = 1.10  # times the median, for the confirmation
         confirm_window: int = 5  # losses after the jump
-        confirm_high: int = 3  # of these that must stay high: +3 points of delay, 21 -> 4 false alarms
+        confirm_high: int = (
+            3  # of these that must stay high: +3 points of delay, 21 -> 4 false alarms
+        )
         calm_window: int = 10  # losses in a row that are not high, to resolve a confirmed spike
         adopt_after: int = 300  # losses after which a level that stays is the new normal
         log_floor: float = 0.01  # smallest scale of log(loss), 1%
@@ -159,9 +161,7 @@ class LossSpike:
         self._past.clear()
         self._kind = None
 
-    def _verdict(
-        self, event: StepEvent, loss: float, level: Level, state: VerdictState
-    ) -> Verdict:
+    def _verdict(self, event: StepEvent, loss: float, level: Level, state: VerdictState) -> Verdict:
         median = math.exp(self._past.median) if self._log else self._past.median
         kind = self._kind or "transient"
         what = {

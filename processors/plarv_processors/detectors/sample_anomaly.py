@@ -223,7 +223,7 @@ class SampleAnomaly:
         ids = event.sample_ids or ()
         who = f"sample {ids[place]}" if place < len(ids) else f"sample number {place}"
         message = (
-            f"a tenth of the samples hold {batch.share:.0%} of the batch's loss above its smallest; "
+            f"a tenth of the samples hold {batch.share:.0%} of the loss above the batch's least; "
             f"{who} alone has {math.exp(batch.log_ratio):.2g} of what the smaller nine tenths have "
             f"together (usual: {self._shares.usual:.2g})"
         )

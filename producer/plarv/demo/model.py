@@ -50,7 +50,7 @@ class SmallGPT(nn.Module):
     """Token ids (batch, context) in, logits (batch, context, vocabulary) out."""
 
     def __init__(
-        self, vocabulary: int, context: int = 64, width: int = 128, layers: int = 2, heads: int = 4
+        self, vocabulary: int, context: int = 32, width: int = 96, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
         self.context = context

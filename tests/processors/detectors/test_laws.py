@@ -10,12 +10,12 @@ from typing import Any, Dict, List, Type
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.processors.detectors import laws
+from tests.processors.streams import FAULTY, HEALTHY, language_model
 
 from plarv_processors.detectors import BUILTIN, load, registered
 from plarv_processors.detectors.detector import Detector
-from plarv_schemas.events import LOCAL_CHECKS, StepEvent, Verdict
-from tests.processors.detectors import laws
-from tests.processors.streams import FAULTY, HEALTHY, language_model
+from plarv_schemas.events import StepEvent, Verdict
 
 DETECTORS = registered()
 RESIDENT_BYTES = 24 * 1024  # of all twelve, of one run
@@ -138,7 +138,7 @@ def anything(draw: st.DrawFn) -> StepEvent:
     ranks = draw(st.sampled_from([0, 0, 0, 1, 2, 5]))
     parts: List[StepEvent] = []
     for rank in range(ranks):
-        own = {name: draw(st.one_of(st.none(), COLUMNS[name])) for name in given}
+        own: Dict[str, Any] = {name: draw(st.one_of(st.none(), COLUMNS[name])) for name in given}
         parts.append(event._replace(rank=rank * draw(st.integers(1, 3)), **own))
     return event._replace(parts=tuple(sorted(parts, key=lambda part: part.rank)))
 
@@ -284,7 +284,7 @@ def test_there_is_a_breach_for_every_law() -> None:
 def test_a_detector_that_breaks_a_law_is_caught(law: laws.Law, right: str, wrong: str) -> None:
     assert GOOD.count(right) == 1
     names: Dict[str, Any] = {}
-    exec(GOOD.replace(right, wrong), names)  # noqa: S102
+    exec(GOOD.replace(right, wrong), names)
     with pytest.raises(AssertionError):
         law(names["Steep"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import pytest
 
@@ -73,9 +73,7 @@ def epochs(samples: int, size: int, count: int, shuffle: str, seed: int = 0) -> 
 
 def test_a_loader_that_is_stuck_warns_at_the_third_time_and_is_critical_at_the_twelfth() -> None:
     fresh = epochs(32 * 40, 32, 1, "none")
-    found = read(
-        of_ids([*fresh[:30], *[fresh[29]] * 20, *fresh[30:]] + epochs(8_000, 32, 1, "none"))
-    )
+    found = read(of_ids([*fresh[:30], *[fresh[29]] * 20, *fresh[30:]]))
     assert marks(found)[:2] == [
         (31, "repeated_batch", "warn", "opened"),
         (40, "repeated_batch", "critical", "escalated"),
@@ -97,7 +95,6 @@ def test_a_stretch_that_is_served_again_and_again_is_found_without_being_in_a_ro
     found = read(of_ids([*batches[:200], *batches[180:200] * 3]))
     assert kinds(found) == ["repeated_batch"]
     assert found[0].step == 200 + 20  # the first batch of the stretch for the third time
-    assert "within" not in found[0].message
     assert "3 times in 128 batches" in found[0].message
 
 
@@ -184,7 +181,7 @@ def test_wrong_labels_are_found_while_the_rest_is_learned(share: float) -> None:
         found = read(of_margins(flipped(share), 1_500, seed))
         assert kinds(found) == ["label_noise"]
         assert found[0].level == "warn"
-        assert found[0].evidence["far_share"] == pytest.approx(share, abs=0.07)
+        assert 0.6 * share < found[0].evidence["far_share"] < 1.1 * share
 
 
 def test_wrong_labels_from_some_step_on_are_found_and_resolve_with_them() -> None:
@@ -293,11 +290,11 @@ def test_samples_that_are_not_finite_are_left_out() -> None:
 
 def test_a_stuck_loader_comes_before_what_it_explains() -> None:
     events = with_large(1, 200, 200.0)
-    ids = tuple(range(32))
     events = [
-        event._replace(sample_ids=ids if event.step > 203 else tuple(range(32 * event.step, 32 * event.step + 32)))
+        event._replace(sample_ids=tuple(range(first, first + 32)))
         for event in events
-    ]  # fmt: skip
+        for first in (32 * min(event.step, 204),)
+    ]
     assert marks(read(events))[:3] == [
         (200, "concentrated_loss", "warn", "opened"),
         (206, "concentrated_loss", "ok", "resolved"),
@@ -326,6 +323,6 @@ def test_a_huge_batch_is_read_in_part() -> None:
         {"top_z": 0.0},
     ],
 )
-def test_a_config_of_nonsense_is_rejected(wrong: dict) -> None:  # type: ignore[type-arg]
+def test_a_config_of_nonsense_is_rejected(wrong: Dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SampleAnomaly.Config(**wrong)
