@@ -80,7 +80,17 @@ def install(stub: Stub) -> Package:
     python = folder / "bin" / "python"
     if not _imports(python):
         _run([sys.executable, "-m", "venv", "--clear", str(folder)], [])
-        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), PEER]
+        uv = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            str(python),
+            PEER,
+        ]
         pip = [str(python), "-m", "pip", "install", "--quiet", PEER]
         _run(uv, pip)
     environment = clean_environment()

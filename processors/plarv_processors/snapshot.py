@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Type
 
 __all__ = ["dump", "pack", "restore", "unpack"]
 
@@ -35,7 +35,7 @@ def dump(obj: Any) -> Any:
     """The state of ``obj`` as plain data: None, numbers, strings, bytes, tuples, lists, dicts, arrays."""
     if isinstance(obj, _PLAIN):
         return obj
-    kind: Any = type(obj)
+    kind: Type[object] = obj.__class__
     if issubclass(kind, array):
         return obj[:]
     if issubclass(kind, tuple):
@@ -88,7 +88,7 @@ def unpack(data: bytes) -> Any:
 
 
 def _pack(value: Any, out: List[bytes]) -> None:
-    kind: Any = type(value)
+    kind: Type[object] = value.__class__
     if value is None:
         out.append(b"N")
     elif value is True:

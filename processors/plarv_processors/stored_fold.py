@@ -45,7 +45,7 @@ class StoredFold:
         self.errors: Dict[str, int] = {}  # what could not be written, and how often
         self._writing = writing
         self._log = RunLog(folder, record=writing)
-        self._outputs: Dict[str, IO[bytes]] = {}
+        self._unwritten: Dict[str, bytes] = {}  # lines that found no room yet
         self._known: Set[str] = set()
         self._saved_at = -1
         self.running: Set[str] = set()  # sessions of training processes that have not finished
@@ -84,8 +84,8 @@ class StoredFold:
     def save(self) -> None:
         """Writes a snapshot, by which the next start goes on from here."""
         if self._writing and self._log.settled and self.engine.ordinal != self._saved_at:
-            self._write_state(_SNAPSHOT)
-            self._saved_at = self.engine.ordinal
+            if self._write_state(_SNAPSHOT):
+                self._saved_at = self.engine.ordinal
 
     def trim(self) -> int:
         """Removes the segments that are folded, after a snapshot of the fold; the bytes freed."""
@@ -94,8 +94,8 @@ class StoredFold:
         paths = list(self._log.segments_read())
         if not paths:
             return 0
-        self._write_state(_BASE)
-        self._write_state(_SNAPSHOT)
+        if not (self._write_state(_BASE) and self._write_state(_SNAPSHOT)):
+            return 0  # without a base, nobody could replay what is left
         freed = 0
         for path in paths:
             freed += path.stat().st_size
@@ -105,9 +105,12 @@ class StoredFold:
     def close(self) -> None:
         """Lets go of all files; the snapshot is the caller's to take."""
         self._log.close()
-        for file in self._outputs.values():
-            file.close()
-        self._outputs.clear()
+        for name, lines in self._unwritten.items():
+            count = lines.count(b"\n")
+            if count:
+                why = f"no room in {name}"
+                self.errors[why] = self.errors.get(why, 0) + count
+        self._unwritten.clear()
 
     def _resume(self) -> None:
         for name in (_SNAPSHOT, _BASE):
@@ -159,14 +162,16 @@ class StoredFold:
         why = error.strerror or type(error).__name__
         self.errors[why] = self.errors.get(why, 0) + 1
 
-    def _write_state(self, name: str) -> None:
+    def _write_state(self, name: str) -> bool:
         data = pack((self._log.positions(), self.engine.snapshot()))
         temporary = self.folder / f"{name}.new"
         try:
             temporary.write_bytes(data)
             os.replace(temporary, self.folder / name)
+            return True
         except OSError as error:
             self._count(error)
+            return False
 
 
 def base_of(folder: Path, engine: Engine) -> Optional[int]:

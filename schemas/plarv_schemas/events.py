@@ -9,7 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Dict, List, Literal, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    Union,
+)
 
 __all__ = [
     "ACTION_KINDS",
@@ -244,7 +256,7 @@ def to_json_value(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
-    kind: Any = type(value)
+    kind: Type[object] = value.__class__
     if issubclass(kind, Mapping):
         return {str(name): to_json_value(item) for name, item in value.items()}
     if issubclass(kind, (list, tuple)):

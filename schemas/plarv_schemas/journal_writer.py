@@ -91,7 +91,7 @@ class JournalWriter:
             number = self._next_segment
             path = self.folder / segment_name(self.rank, self.session, number)
             size = self._segment_bytes
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 _allocate(descriptor, size)
                 buffer = mmap.mmap(descriptor, size)

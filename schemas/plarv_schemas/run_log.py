@@ -8,6 +8,7 @@ further ones were, until the next line. One session alone costs one line.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 from pathlib import Path
@@ -39,6 +40,8 @@ class RunLog:
         self._script: List[Tuple[str, Optional[int]]] = []  # what order.log says, reversed
         self._open: Optional[str] = None  # the session of a last line "NUMBER *"
         self._open_at = 0  # where that line begins
+        self._end = 0  # of the last whole line
+        self._unordered: List[Event] = []  # merged, but their order could not be written yet
         self._polls = 0
         self._load_order()
         self.discover()
@@ -75,13 +78,15 @@ class RunLog:
     @property
     def settled(self) -> bool:
         """Whether all that was read was released too, so that ``positions`` says where it stands."""
-        return not any(self._ahead.values())
+        return not self._unordered and not any(self._ahead.values())
 
     def poll(self, limit: int = 1024) -> List[Event]:
         """Up to about ``limit`` events that are there by now, in order; empty: none more yet."""
         while self._script:
             session, upto = self._script[-1]
             reader = self._readers.get(session)
+            if reader is not None:
+                reader.started_ns()  # where old segments were removed it begins further on
             wanted = limit if upto is None else upto - (reader.record if reader else upto)
             events = reader.read(min(limit, wanted)) if reader and wanted > 0 else []
             if events:
@@ -109,6 +114,10 @@ class RunLog:
         """What the sessions have now, by time. A session with more to come holds the others back to
         its own last event, so that a backlog on one rank does not tear the ranks apart.
         """
+        if self._unordered:
+            self._write_order(self._unordered)
+            merged, self._unordered = self._unordered, []
+            return merged
         each = max(1, limit // max(1, len(self._readers)))
         cut: Optional[int] = None
         for session, reader in self._readers.items():
@@ -132,7 +141,9 @@ class RunLog:
                 self._ahead[session] = ahead[keep:]
             merged = list(heapq.merge(*released, key=_when))
         if self._record and merged:
+            self._unordered = merged  # an error now must not lose them
             self._write_order(merged)
+            self._unordered = []
         return merged
 
     def _load_order(self) -> None:
@@ -143,9 +154,10 @@ class RunLog:
         names: List[str] = []
         at = 0
         for line in data.splitlines(keepends=True):
-            begin, at = at, at + len(line)
             if not line.endswith(b"\n"):
                 break  # its writer was killed: what it would have said was not folded yet
+            begin, at = at, at + len(line)
+            self._end = at
             words = line.decode("ascii", "replace").split()
             if words and words[0].startswith("+"):
                 names.append(words[0][1:])
@@ -166,27 +178,37 @@ class RunLog:
                 runs.append((event.session, event.record + 1))
         if len(runs) == 1 and runs[0][0] == self._open:
             return
-        lines = ""
-        path = self.folder / ORDER_FILE
-        end = path.stat().st_size if path.exists() else 0
+        numbers, lines, end = dict(self._numbers), "", self._end
+        now_open: Optional[str] = None
+        open_at = 0
         if self._open is not None:
             if runs[0][0] != self._open:  # say up to where the open one had been taken
-                upto = self._taken(self._open, events)
-                lines += f"{self._numbers[self._open]} {upto}\n"
+                lines += f"{numbers[self._open]} {self._taken(self._open, events)}\n"
             end = self._open_at
         for session, upto in runs:
-            if session not in self._numbers:
-                self._numbers[session] = len(self._numbers)
+            if session not in numbers:
+                numbers[session] = len(numbers)
                 lines += f"+{session} {self._readers[session].rank}\n"
             if len(runs) == 1:
-                self._open, self._open_at = session, end + len(lines)
-                lines += f"{self._numbers[session]} *\n"
+                now_open, open_at = session, end + len(lines)
+                lines += f"{numbers[session]} *\n"
             else:
-                self._open = None
-                lines += f"{self._numbers[session]} {upto}\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                lines += f"{numbers[session]} {upto}\n"
+        self._put(lines.encode("ascii"), end)
+        self._numbers, self._open, self._open_at = numbers, now_open, open_at
+
+    def _put(self, lines: bytes, at: int) -> None:
+        """Ends the file with ``lines`` from ``at`` on, or leaves it as it was: OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(self.folder / ORDER_FILE, flags, 0o644)
         try:
-            os.pwrite(descriptor, lines.encode("ascii"), end)
+            before = os.pread(descriptor, self._end - at, at)
+            if os.pwrite(descriptor, lines, at) < len(lines):  # the disk is full
+                os.pwrite(descriptor, before, at)
+                os.ftruncate(descriptor, self._end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._end = at + len(lines)
+            os.ftruncate(descriptor, self._end)  # what a killed writer left unfinished
         finally:
             os.close(descriptor)
 
