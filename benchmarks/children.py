@@ -15,9 +15,9 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Type
 
 from measure import ROOT
 
-__all__ = ["SOURCES", "Child", "Package", "clean_environment", "our_package"]
+__all__ = ["Child", "Package", "clean_environment", "our_package"]
 
-SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
+_SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
 _WORKLOADS = str(Path(__file__).resolve().parent / "workloads.py")
 _END_S = 20.0
 
@@ -37,32 +37,32 @@ class Child:
     def __init__(self, package: Package, workload: str) -> None:
         self.package = package
         self._folder = tempfile.mkdtemp(prefix="argus-benchmark-")
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [package.python, _WORKLOADS, workload, *package.further_paths],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            cwd=self._folder,
-            env=dict(package.environment),
-            text=True,
-        )
+        self._errors = Path(self._folder) / "stderr.txt"
+        with open(self._errors, "wb") as errors:
+            self._process = subprocess.Popen(
+                [package.python, _WORKLOADS, workload, *package.further_paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=self._folder,
+                env=dict(package.environment),
+                text=True,
+            )
 
-    def ask(self, **given: Any) -> Any:
-        """The workload's answer to ``run(**given)``. RuntimeError: the child died, and why."""
+    def ask(self, method: str = "run", **given: Any) -> Any:
+        """What the workload's ``method(**given)`` gives. RuntimeError: the child died, and why."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(given) + "\n")
+            process.stdin.write(json.dumps([method, given]) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # its errors tell more, below
         line = process.stdout.readline()
         if not line:
             process.wait()
-            self._errors.seek(0)
-            tail = self._errors.read().decode("utf-8", "replace").strip()[-2000:]
+            tail = self._errors.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
             raise RuntimeError(f"a benchmark of {self.package.name} failed:\n{tail}")
         return json.loads(line)
 
@@ -92,19 +92,18 @@ class Child:
         self.end()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        self._errors.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def our_package() -> Package:
     """This checkout, on this interpreter."""
     environment = clean_environment()
-    environment["PYTHONPATH"] = os.pathsep.join(SOURCES)
+    environment["PYTHONPATH"] = os.pathsep.join(_SOURCES)
     return Package("this Argus", sys.executable, environment, [])
 
 
 def clean_environment() -> Dict[str, str]:
-    """The environment without what would set up either SDK, or make this process a rank of a job."""
+    """The environment without what sets up either SDK, or makes this process a rank of a job."""
     ours = ("ARGUS_", "PLARV_", "SLURM_", "OMPI_", "PMI_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH"}
     return {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in names}

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Sequence
 
 __all__ = [
     "ROOT",
@@ -49,16 +49,16 @@ class Row(NamedTuple):
 class Floor:
     """The least that a step can cost which leaves its numbers where another thread finds them.
 
-    One clock read, one ``struct.pack_into`` into a mapped file and one ``deque.append``. The loop that
-    measures it writes these three out in place: a call would be dearer than they are.
+    One clock read, one ``struct.pack_into`` into a mapped file and one ``deque.append``. The loop
+    that measures it writes these three out in place: a call would be dearer than they are.
     """
 
     record_bytes = 32
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
-        self._file.truncate(_FLOOR_BYTES)
-        self.buffer = mmap.mmap(self._file.fileno(), _FLOOR_BYTES)
+        with tempfile.TemporaryFile() as file:
+            file.truncate(_FLOOR_BYTES)
+            self.buffer = mmap.mmap(file.fileno(), _FLOOR_BYTES)  # holds the file open by itself
         for at in range(0, _FLOOR_BYTES, _PAGE):
             self.buffer[at] = 0
         self.pack = struct.Struct("<qqdd").pack_into
@@ -170,15 +170,13 @@ def finish(name: str, rows: Sequence[Row], path: Path, *, quick: bool, load_befo
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    head = Row("what", "measured", "reach")
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
-    lines: List[str] = []
-    for row in (head, *rows):
-        word = "ok?" if row is head else {None: "", True: "ok", False: "MISSED"}[row.ok]
-        cells = [text.ljust(width) for text, width in zip(row[:3], widths)]
-        lines.append("  ".join([*cells, word]).rstrip())
-    lines.insert(1, "  ".join(["-" * width for width in widths] + ["------"]))
-    print("\n".join(lines))
+    words = {None: "", True: "ok", False: "MISSED"}
+    table = [("what", "measured", "reach", "ok?")]
+    table += [(row.what, row.measured, row.reach, words[row.ok]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
 def _machine(load_before: float) -> Dict[str, Any]:

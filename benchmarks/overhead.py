@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--peer] [--json FILE] [--quick]
 
-Every figure is a comparison inside one run: with and without Argus, or Argus and the floor, in turns.
+Every figure is a comparison inside one run: with and without Argus, or Argus and the floor, in
+turns.
 --peer installs the published SDK into an environment of its own (under the user's cache folder),
 answers it from a stub on the loopback interface, and measures it in the same turns.
 """
@@ -196,7 +197,7 @@ def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
     rows: List[Row] = []
     with ExitStack() as stack:
         children = [stack.enter_context(Child(package, "memory")) for package in packages]
-        first = [child.ask(count=1000, settle_s=2.0)["resident_mb"] for child in children]
+        first = [child.ask(count=1000)["resident_mb"] for child in children]
         peaks = list(first)
         bar = Progress(f"{steps:,} steps, memory", _TURNS * len(children))
         for _ in range(_TURNS):
@@ -206,8 +207,13 @@ def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
                 bar.add()
         bar.close()
         for child, begun, peak in zip(children, first, peaks):
-            last = child.ask(count=0, settle_s=120.0)
-            grown = last["resident_mb"] - begun
+            last = child.ask(count=0)["resident_mb"]
+            if _is_ours(child.package):  # and once more when the engine has folded them all
+                done = child.ask("complete")
+                if done["folded_step"] != steps - 1:
+                    raise RuntimeError(f"of {steps} steps the engine folded {done['folded_step']}")
+                last = max(last, done["resident_mb"])
+            grown = last - begun
             rows.append(
                 _ours(
                     child.package,
@@ -217,9 +223,8 @@ def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
                     20.0,
                     "MB",
                     first_mb=begun,
-                    last_mb=last["resident_mb"],
+                    last_mb=last,
                     peak_mb=peak,
-                    lag_steps=last["lag"],
                 )
             )
     return rows
@@ -284,11 +289,15 @@ def _in_turns(
     return found
 
 
+def _is_ours(package: Package) -> bool:
+    return package.python == sys.executable
+
+
 def _ours(
     package: Package, what: str, measured: str, value: float, limit: float, unit: str, **more: Any
 ) -> Row:
     """A row with its reach for this Argus, and without one for the peer."""
-    if package.python == sys.executable:
+    if _is_ours(package):
         return at_most(what, measured, value, limit, unit, **more)
     return information(f"   {package.name}", measured, value=value, unit=unit, **more)
 

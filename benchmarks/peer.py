@@ -1,4 +1,4 @@
-"""The published SDK, for comparison: installed into an environment of its own, answered by a stub."""
+"""The published SDK, to compare with: in an environment of its own, answered by a stub."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Any report."""
         self._answer()
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_request(self, code: object = "-", size: object = "-") -> None:
         """Says nothing."""
 
     def _answer(self) -> None:
@@ -102,13 +102,16 @@ def _imports(python: Path) -> bool:
     if not python.exists():
         return False
     command = [str(python), "-c", "import plarv"]
-    return subprocess.run(command, env=clean_environment(), capture_output=True).returncode == 0
+    environment = clean_environment()
+    return (
+        subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    )
 
 
 def _run(command: List[str], otherwise: List[str]) -> None:
     """Runs ``command``, and where that fails ``otherwise``."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         if not otherwise:
             raise RuntimeError(str(error)) from error

@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py [--json FILE] [--quick]
 
-One process, one thread: the fold is a pure function. Events are made before the clock starts.
+One thread, since the fold is a pure function; events are made before the clock starts. Times are
+CPU times of the process: what one core gives.
 """
 
 from __future__ import annotations
@@ -16,22 +17,19 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence, Set, Tuple
 
-from children import SOURCES
 from measure import Progress, Row, arguments, at_least, at_most, finish, information, median
-
-sys.path[:0] = [source for source in SOURCES if source not in sys.path]
-
-from plarv_processors.detectors import BUILTIN  # noqa: E402  where this checkout has it
-from plarv_processors.engine import Engine, EngineConfig  # noqa: E402
-from plarv_processors.stored_fold import StoredFold  # noqa: E402
-from plarv_schemas.events import SCALAR_COLUMNS, StepEvent  # noqa: E402
-from plarv_schemas.journal import CORE, CORE_SIZE, CORE_STRUCT, pack_full  # noqa: E402
-from plarv_schemas.journal_writer import JournalWriter  # noqa: E402
-from plarv_schemas.run_log import read_run  # noqa: E402
+from plarv_processors.detectors import BUILTIN
+from plarv_processors.engine import Engine, EngineConfig
+from plarv_processors.stored_fold import StoredFold
+from plarv_schemas.events import SCALAR_COLUMNS, StepEvent
+from plarv_schemas.journal import CORE, CORE_SIZE, CORE_STRUCT, pack_full
+from plarv_schemas.journal_writer import JournalWriter
+from plarv_schemas.run_log import read_run
 
 _REPEATS = 5
 _SAMPLES = 32  # of a step
 _DATASET = 20_000  # samples
+_STATIC = ("config", "version")  # of a detector: the same for every run
 _BOTH = 3  # HAS_LOSS | HAS_GRAD_NORM
 
 
@@ -92,7 +90,7 @@ def healthy_run(count: int) -> List[StepEvent]:
 
 
 def with_samples(events: Sequence[StepEvent]) -> List[StepEvent]:
-    """The same events with the samples of each batch: harder and easier ones, each with its noise."""
+    """The same events with each batch's samples: harder and easier ones, each with its noise."""
     chance = random.Random(4)
     hardness = [math.exp(chance.gauss(0.0, 0.4)) for _ in range(_DATASET)]
     ids = [chance.getrandbits(63) for _ in range(_DATASET)]
@@ -129,10 +127,10 @@ def engine_speed(what: str, events: Sequence[StepEvent], repeats: int) -> List[R
         engine = Engine(EngineConfig(detectors=BUILTIN))
         fold = engine.fold
         records = 0
-        begin = time.perf_counter()
+        begin = time.process_time()
         for event in events:
             records += len(fold(event))
-        taken.append(time.perf_counter() - begin)
+        taken.append(time.process_time() - begin)
         if engine.faults:
             raise RuntimeError(f"a detector failed: {engine.faults}")
         bar.add()
@@ -170,10 +168,10 @@ def detector_times(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -
 
 def _update_us(cls: Any, events: Sequence[StepEvent]) -> float:
     update = cls().update
-    begin = time.perf_counter()
+    begin = time.process_time()
     for event in events:
         update(event)
-    return (time.perf_counter() - begin) / len(events) * 1e6
+    return (time.process_time() - begin) / len(events) * 1e6
 
 
 def state_size(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> List[Row]:
@@ -198,24 +196,26 @@ def _resident(values: Iterable[object]) -> int:
     """Bytes of everything below ``values`` but configurations, classes and shared constants."""
     known: Set[int] = set()
     total = 0
-    waiting: List[object] = list(values)
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         if id(value) in known or value is None or isinstance(value, (bool, type)):
             continue
         known.add(id(value))
         total += sys.getsizeof(value)
-        if isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            waiting += list(value)
-        names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-        inside: Dict[str, Any] = {**getattr(value, "__dict__", {})}
-        if inside:
-            total += sys.getsizeof(inside)
-        inside.update((name, getattr(value, name)) for name in names if hasattr(value, name))
-        waiting += [part for name, part in inside.items() if name not in ("config", "version")]
+        waiting += _inside(value)
     return total
+
+
+def _inside(value: Any) -> List[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if type(value) in (list, tuple, set, frozenset):
+        return list(value)
+    names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    parts = [getattr(value, name) for name in names if name not in _STATIC and hasattr(value, name)]
+    attributes = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in _STATIC}
+    return [*parts, attributes] if attributes else parts
 
 
 def journal_speed(events: Sequence[StepEvent]) -> List[Row]:
@@ -225,12 +225,12 @@ def journal_speed(events: Sequence[StepEvent]) -> List[Row]:
         with tempfile.TemporaryDirectory(prefix="argus-benchmark-") as place:
             folder = Path(place)
             written, size = _write(folder, events, full)
-            begin = time.perf_counter()
+            begin = time.process_time()
             read = sum(1 for _ in read_run(folder))
-            read_s = time.perf_counter() - begin
-            begin = time.perf_counter()
+            read_s = time.process_time() - begin
+            begin = time.process_time()
             folded = _fold(folder)
-            fold_s = time.perf_counter() - begin
+            fold_s = time.process_time() - begin
             if not read == folded == len(events):
                 raise RuntimeError(f"wrote {len(events)} events, read {read}, folded {folded}")
         rates = [len(events) / seconds for seconds in (written, read_s, fold_s)]
@@ -257,14 +257,14 @@ def _write(folder: Path, events: Sequence[StepEvent], full: bool) -> Tuple[float
     bytes_before = writer.position
     for at in range(0, len(records), 5000):
         writer.prepare()
-        begin = time.perf_counter()
+        begin = time.process_time()
         if full:
             for step, columns in records[at : at + 5000]:
                 writer.append(pack_full(writer.record, time.monotonic_ns(), step, columns)[0])
         else:
             for step, columns in records[at : at + 5000]:
                 _write_core(writer, step, columns)
-        taken += time.perf_counter() - begin
+        taken += time.process_time() - begin
     writer.close()
     size = sum(path.stat().st_size for path in folder.glob("*.journal")) - bytes_before
     return taken, size / len(events)

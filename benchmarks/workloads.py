@@ -1,8 +1,8 @@
 """The measured loops, in a process of their own: `python workloads.py WORKLOAD [FOLDER…]`.
 
-Commands come as JSON lines on stdin (keyword arguments of the workload's ``run``), answers go to the
-first stdout. The same loops drive our package and the published one: whichever this interpreter
-imports as ``plarv``. FOLDERs are searched for further packages, after all others.
+Commands come as JSON lines on stdin (a method and its arguments), answers go to what was stdout.
+The same loops drive our package and the published one: whichever this interpreter imports as
+``plarv``. FOLDERs are searched for further packages, after all others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PausedSteps:
             self._argus.step(loss, grad_norm=norm)
 
     def run(self, count: int) -> Dict[str, List[float]]:
-        """Microseconds of ``count`` steps and as many floors, in turns, each first in every other."""
+        """Microseconds of ``count`` steps and as many floors, in turns, either first in turns."""
         step, curve, timer, sleep = self._argus.step, self._curve, time.perf_counter_ns, time.sleep
         floor = self._floor
         clock, pack, buffer, append = floor.clock, floor.pack, floor.buffer, floor.queue.append
@@ -122,7 +122,7 @@ class TrainingSteps:
         self.run(5)
 
     def run(self, count: int) -> Dict[str, List[float]]:
-        """Milliseconds of ``count`` steps of each kind, one block after another, in changing order."""
+        """Milliseconds of ``count`` steps of each kind, block after block, in changing order."""
         kinds: List[Tuple[str, Callable[[], None]]] = [
             ("bare_ms", self._bare_step),
             ("argus_ms", self._watched_step),
@@ -243,27 +243,22 @@ class Memory:
     """Steps without a pause, and what the process then holds."""
 
     def __init__(self) -> None:
+        os.environ["ARGUS_SHUTDOWN_TIMEOUT"] = "300"  # the engine is to fold them all in the end
         self._argus = open_argus()
         self._curve = Curve()
-        self._steps = 0
 
-    def run(self, count: int, settle_s: float = 0.0) -> Dict[str, float]:
-        """MB resident after ``count`` more steps; ``settle_s``: wait so long for the engine."""
+    def run(self, count: int) -> Dict[str, float]:
+        """MB resident after ``count`` more steps."""
         step, curve = self._argus.step, self._curve
         for _ in range(count):
             loss, norm = curve.next()
             step(loss, grad_norm=norm)
-        self._steps += count
-        until = time.monotonic() + settle_s
-        while self._lag() > 0 and time.monotonic() < until:
-            time.sleep(0.05)
-        return {"steps": self._steps, "lag": self._lag(), **_resident_mb()}
+        return _resident_mb()
 
-    def _lag(self) -> int:
-        decision = getattr(self._argus, "decision", None)
-        if decision is None:
-            return 0
-        return self._steps - 1 - (-1 if decision.step is None else int(decision.step))
+    def complete(self) -> Dict[str, float]:
+        """MB resident once the engine has folded all steps, and the last one it folded."""
+        self._argus.complete()
+        return {"folded_step": self._argus.decision.step, **_resident_mb()}
 
 
 class Exit:
@@ -274,7 +269,7 @@ class Exit:
         self._curve = Curve()
 
     def run(self, count: int) -> Dict[str, float]:
-        """Steps until the engine is ``count`` behind, then complete(); the process ends after this."""
+        """Steps until the engine is ``count`` behind, then complete(); then the process ends."""
         step, curve, argus = self._argus.step, self._curve, self._argus
         number = 0
         while number - (argus.decision.step or 0) < count:
@@ -353,7 +348,8 @@ def main() -> None:
     os.dup2(2, 1)  # what a package prints stays out of the answers
     workload = WORKLOADS[sys.argv[1]]()
     for line in sys.stdin:
-        answers.write(json.dumps(workload.run(**json.loads(line))) + "\n")
+        method, given = json.loads(line)
+        answers.write(json.dumps(getattr(workload, method)(**given)) + "\n")
         answers.flush()
 
 

@@ -238,12 +238,17 @@ class LossShares:
         """The median ratio of the batches before."""
         return math.exp(self._ratios.median)
 
-    def read(self, losses: Sequence[float]) -> Optional[Concentration]:
-        """How these losses are spread; None where all are equal or they exceed a double."""
+    def read(self, losses: Sequence[float], least: int = 2) -> Optional[Concentration]:
+        """How these losses are spread; non-finite ones are left out.
+
+        None where fewer than ``least`` are left, all are equal or they exceed a double.
+        """
         if total(losses) is None:
             losses = finite(losses)
         ordered = sorted(losses)
         size = len(ordered)
+        if size < least:
+            return None
         most = max(1, size // 10)
         largest, smallest = ordered[-1], ordered[0]
         excess = largest - smallest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import IO, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.snapshot import pack, unpack
@@ -27,6 +27,7 @@ FOLD_LOCK = "fold.lock"  # held by whoever folds the run and writes what it find
 
 _SNAPSHOT = "snapshot"  # where the next start goes on
 _BASE = "base"  # where the log begins, once old segments were removed
+_MAX_UNWRITTEN = 1 << 20  # bytes of lines that wait for room on the disk
 
 
 class StoredFold:
@@ -46,6 +47,7 @@ class StoredFold:
         self._writing = writing
         self._log = RunLog(folder, record=writing)
         self._unwritten: Dict[str, bytes] = {}  # lines that found no room yet
+        self._begun: Set[str] = set()  # files that this fold has appended to
         self._known: Set[str] = set()
         self._saved_at = -1
         self.running: Set[str] = set()  # sessions of training processes that have not finished
@@ -66,7 +68,7 @@ class StoredFold:
             records = fold(event)
             if records:
                 found.extend(records)
-        if found and self._writing:
+        if self._writing and (found or self._unwritten):
             found = self._write(found)
         return len(events), found
 
@@ -105,11 +107,10 @@ class StoredFold:
     def close(self) -> None:
         """Lets go of all files; the snapshot is the caller's to take."""
         self._log.close()
+        if self._unwritten:
+            self._write(())
         for name, lines in self._unwritten.items():
-            count = lines.count(b"\n")
-            if count:
-                why = f"no room in {name}"
-                self.errors[why] = self.errors.get(why, 0) + count
+            self._lose(name, lines.count(b"\n"))
         self._unwritten.clear()
 
     def _resume(self) -> None:
@@ -137,26 +138,34 @@ class StoredFold:
                 continue
             new.append(record)
             name = VERDICTS_FILE if isinstance(record, Verdict) else ACTIONS_FILE
-            line = json.dumps(record.to_dict(), separators=(",", ":"), allow_nan=False)
+            line = json.dumps(record.to_dict(), separators=(",", ":"), allow_nan=False) + "\n"
+            waiting = self._unwritten.get(name, b"")
+            if len(waiting) > _MAX_UNWRITTEN:
+                self._lose(name, 1)
+            else:
+                self._unwritten[name] = waiting + line.encode("utf-8")
+        for name, lines in list(self._unwritten.items()):
             try:
-                self._output(name).write(line.encode("utf-8") + b"\n")
-            except OSError as error:
-                self._count(error)
-        for file in self._outputs.values():
-            try:
-                file.flush()
-            except OSError as error:
-                self._count(error)
+                rest = lines[self._append(name, lines) :]
+            except OSError:
+                continue  # tried again with the next events, and counted at the end
+            self._unwritten[name] = rest
+            if not rest:
+                del self._unwritten[name]
         return new
 
-    def _output(self, name: str) -> IO[bytes]:
-        if name not in self._outputs:
-            path = self.folder / name
-            torn = path.exists() and _ends_torn(path)
-            self._outputs[name] = open(path, "ab")
-            if torn:
-                self._outputs[name].write(b"\n")
-        return self._outputs[name]
+    def _append(self, name: str, lines: bytes) -> int:
+        """Appends to a file, unbuffered: a forked child must not have a part of it to write again."""
+        path = self.folder / name
+        with open(path, "ab", buffering=0) as file:
+            if name not in self._begun and _ends_torn(path):
+                file.write(b"\n")
+            self._begun.add(name)
+            return file.write(lines) or 0
+
+    def _lose(self, name: str, count: int) -> None:
+        why = f"no room in {name}"
+        self.errors[why] = self.errors.get(why, 0) + count
 
     def _count(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import List, Sequence
 
 __all__ = ["RobustWindow", "kendall_s", "kendall_thresholds", "median"]
@@ -131,7 +132,10 @@ def kendall_thresholds(most: int, p: float) -> array[int]:
         orders *= n
         pairs = n * (n - 1) // 2
         # The n-th value adds 0 to n - 1 of them.
-        counts = [sum(counts[max(0, i - n + 1) : i + 1]) for i in range(pairs + 1)]  # integers
+        upto = list(accumulate(counts))
+        upto.extend([upto[-1]] * (pairs + 1 - len(upto)))
+        counts = upto[:n] + [upto[i] - upto[i - n] for i in range(n, pairs + 1)]
+        del counts[pairs + 1 :]
         tail, falling = 0, 0
         while falling <= pairs:
             tail += counts[falling]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-__all__ = ["INTEGER_COLUMNS", "LISTS", "TIMINGS", "ColumnReader", "step_number"]
+__all__ = ["INTEGER_COLUMNS", "LISTS", "MAX_STEP", "TIMINGS", "ColumnReader", "step_number"]
 
 LISTS: Tuple[str, ...] = (
     "sample_ids", "sample_losses", "sample_confidences", "sample_margins", "sample_entropies",
@@ -19,6 +20,9 @@ INTEGER_COLUMNS = frozenset({"batch_size"})
 
 _MAX_SAMPLES = 65_536  # of one list; more are cut and counted
 _INT64 = 1 << 63
+
+MAX_STEP = (1 << 62) - 1
+"""The largest step number that is taken: the wire has room for some more."""
 
 
 class ColumnReader:
@@ -36,13 +40,13 @@ class ColumnReader:
         for name, values in given.items():
             try:
                 columns[name] = self._list(name, values, problems)
-            except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
+            except Exception:  # noqa: BLE001 - anybody's object
                 problems.append(f"{name} was no list of numbers")
         return columns
 
     def _list(self, name: str, values: Any, problems: List[str]) -> Tuple[Any, ...]:
-        if hasattr(values, "tolist"):  # a tensor or an array, of any shape
-            values = _on_host(values).reshape(-1).tolist()
+        if hasattr(values, "reshape"):  # a tensor or an array, of any shape
+            values = _on_host(values.reshape(-1)[: _MAX_SAMPLES + 1]).tolist()
         if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
             raise TypeError(name)
         items: List[Any] = []
@@ -69,11 +73,11 @@ class ColumnReader:
 def step_number(value: Any) -> Optional[int]:
     """A step as the caller gave it, or None where it is no whole number from 0 on."""
     try:
-        number = value if isinstance(value, int) else _to_float(value)
+        number = operator.index(value) if hasattr(value, "__index__") else _to_float(value)
         whole = int(number)
-    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
+    except Exception:  # noqa: BLE001 - anybody's object
         return None
-    return whole if whole == number and 0 <= whole < _INT64 - 1 else None
+    return whole if whole == number and 0 <= whole <= MAX_STEP else None
 
 
 def _to_float(value: Any) -> float:
@@ -85,10 +89,16 @@ def _to_float(value: Any) -> float:
     return float(value if item is None else item())
 
 
+class _OnDeviceError(Exception):
+    """Reading it would wait for the device, which a step never does."""
+
+
 def _on_host(values: Any) -> Any:
     """A tensor without its graph, on the CPU, in a dtype that can be listed."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
+        values = values.detach()
+        if values.device.type != "cpu":
+            raise _OnDeviceError
         return values.float() if values.dtype == torch.bfloat16 else values
     return values

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from typing import Any, Optional
 
+from plarv.columns import MAX_STEP
 from plarv.exceptions import ArgusConfigurationError
 
 __all__ = ["MODES", "check_arguments", "resolve_mode"]
@@ -24,7 +26,7 @@ def check_arguments(given: Any) -> None:
         if value is not None and (isinstance(value, bool) or not _is_int(value) or value < 1):
             raise ArgusConfigurationError(name, "must be a whole number of at least 1", value)
     start = given["start_step"]
-    if isinstance(start, bool) or not _is_int(start) or start < 0:
+    if isinstance(start, bool) or not _is_int(start) or not 0 <= start <= MAX_STEP:
         raise ArgusConfigurationError("start_step", "must be a whole number of at least 0", start)
     for name in _TEXTS:
         if given[name] is not None and not isinstance(given[name], str):
@@ -63,7 +65,7 @@ def _check_objects(given: Any) -> None:
     optimizer, model = given["optimizer"], given["model"]
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise ArgusConfigurationError("optimizer", "must have param_groups, as torch's have", optimizer)
-    if model is not None and not hasattr(model, "parameters"):
+    if model is not None and not callable(getattr(model, "parameters", None)):
         raise ArgusConfigurationError("model", "must have parameters(), as torch's have", model)
     scheduler = given["scheduler"]
     if scheduler is not None and not hasattr(scheduler, "step"):
@@ -71,4 +73,8 @@ def _check_objects(given: Any) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return hasattr(value, "__index__")
+    try:
+        operator.index(value)
+        return True
+    except Exception:  # noqa: BLE001 - an array of several, for one
+        return False

@@ -76,10 +76,8 @@ class Recorder:
                 columns.update(local_columns(local_report))
             except (TypeError, ValueError, AttributeError) as error:
                 problems.append(str(error))
-        scalars: Dict[str, Any] = {"loss": loss, "grad_norm": grad_norm}
-        for name, value in given.items():
-            if value is not None and name not in lists:
-                scalars[name] = value
+        every = {"loss": loss, "grad_norm": grad_norm, **given}
+        scalars = {n: value for n, value in every.items() if value is not None and n not in lists}
         self._signals.fill(loss, scalars)
         names = tuple(scalars)
         begun = self._scalars.begin(tuple(scalars.values()))
@@ -87,12 +85,13 @@ class Recorder:
             self._under_way.append(_Step(begun, names, columns, clock_ns, step))
             self.drain()
             return problems
-        for name, value in zip(names, begun):
-            if value is None and scalars[name] is not None:
-                problems.append(f"{name} was no number")
+        problems.extend(f"{name} was no number" for name, v in zip(names, begun) if v is None)
         if self._under_way:
-            done = Pending(list(begun), [])
-            self._under_way.append(_Step(done, names, columns, clock_ns, step))
+            read = [(name, value) for name, value in zip(names, begun) if value is not None]
+            done = Pending([value for _, value in read], [])
+            self._under_way.append(
+                _Step(done, tuple([name for name, _ in read]), columns, clock_ns, step)
+            )
             self.drain()
         else:
             self._write(names, begun, columns, clock_ns, step)
@@ -107,9 +106,7 @@ class Recorder:
                 if len(under_way) <= _MAX_UNDER_WAY:
                     return
                 self._faults.count("the device was too far behind: a step without its scalars")
-            under_way.popleft()
-            values = first.pending.values()
-            self._write(first.names, values, first.columns, first.clock_ns, first.step)
+            self._finish(under_way.popleft())
 
     def close(self, timeout_s: float) -> None:
         """Waits for the rest up to ``timeout_s`` and writes it, with what has come by then."""
@@ -119,10 +116,16 @@ class Recorder:
                 self._faults.count("the device did not answer before the exit")
                 break
         while self._under_way:
-            first = self._under_way.popleft()
-            values = first.pending.values()
-            self._write(first.names, values, first.columns, first.clock_ns, first.step)
+            self._finish(self._under_way.popleft())
         self._scalars.close()
+
+    def _finish(self, step: _Step) -> None:
+        """Writes a step with what has come of it."""
+        values = step.pending.values()
+        for name, value in zip(step.names, values):
+            if value is None:
+                self._faults.count(f"{name} could not be read from its device")
+        self._write(step.names, values, step.columns, step.clock_ns, step.step)
 
     def _write(
         self,

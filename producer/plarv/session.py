@@ -56,8 +56,10 @@ class Session:
         silent = settings.flag("ARGUS_SILENT", given["silent"])
         self.console = Console(silent or identity.local_rank != 0)
         self._on_pause = given["on_pause"]
-        self._cap = LearningRateCap()
-        self._signals = ModelSignals(given["model"], given["optimizer"], self._cap)
+        self._cap = LearningRateCap(self.faults)
+        self._signals = ModelSignals(
+            given["model"], given["optimizer"], self._cap, self.faults
+        )
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
         self._interventions = Interventions(

@@ -6,6 +6,7 @@ import weakref
 from typing import Any, Callable, Dict, Optional
 
 from plarv.discovery import OptimizerSearch, find_optimizer
+from plarv.faults import Faults
 from plarv.gradients import GradientProbe
 from plarv.learning_rate import LearningRateCap, learning_rate_of
 from plarv.loss_graph import parameters_of
@@ -23,7 +24,10 @@ class ModelSignals:
     to the parameters, and these to the optimizer that steps them. Everything is held weakly.
     """
 
-    def __init__(self, model: Any, optimizer: Any, cap: LearningRateCap) -> None:
+    def __init__(
+        self, model: Any, optimizer: Any, cap: LearningRateCap, faults: Faults
+    ) -> None:
+        self._faults = faults
         self._cap = cap
         self._optimizer: Callable[[], Any] = _reference(optimizer)
         self._probe: Optional[GradientProbe] = None
@@ -86,7 +90,7 @@ class ModelSignals:
         return self._begin(list(parameters)).direct() if parameters else None
 
     def _begin(self, parameters: Any) -> GradientProbe:
-        probe = self._probe = GradientProbe(parameters)
+        probe = self._probe = GradientProbe(parameters, faults=self._faults)
         probe.attach()
         optimizer = self._optimizer()
         if optimizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl  # POSIX only, like pread; here, since a lock may be taken on a thread beside a fork
 import os
 from pathlib import Path
 
@@ -26,8 +27,6 @@ class FileLock:
         """Takes the lock if nobody has it; whether it is ours now. OSError: no file can be made."""
         if self.held:
             return True
-        import fcntl  # POSIX only, like the journal's posix_fallocate and pread
-
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,13 +16,13 @@ ACTIONS_FILE = "actions.jsonl"
 
 
 def read_lines(path: Path) -> Iterator[Dict[str, Any]]:
-    """The objects in a file of JSON lines; none where it is missing.
+    """The objects in a file of JSON lines; none where there is no such file. OSError: unreadable.
 
     A line that its writer did not finish is left out, as is any other that is no JSON object.
     """
     try:
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
         try:

@@ -79,7 +79,8 @@ def _row(finding: Finding, with_attempt: bool) -> _Row:
         rank = "" if finding.rank is None else str(finding.rank)
         what = f"{finding.detector}/{finding.kind}"
         return (*place, finding.level, _printable(what), rank, _printable(finding.message))
-    reason = finding.reason
+    # The verdict behind a warning stands right above it, with its numbers.
+    reason = finding.reason.partition(":")[0] if finding.kind == "WARN" else finding.reason
     if finding.parameters.get("dry_run"):
         reason += " (MANUAL: not applied)"
     return (*place, "=>", finding.kind, "", _printable(reason))

@@ -200,7 +200,7 @@ class SampleAnomaly:
         self, event: StepEvent, losses: Sequence[float], found: List[Verdict]
     ) -> None:
         config, shares = self.config, self._shares
-        batch = shares.read(losses) if len(losses) >= config.min_samples else None
+        batch = shares.read(losses, config.min_samples)
         if batch is None:
             return
         if (
