@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _KEY_BYTES = 4
-_READ = 16  # samples of a batch that its checksum reads, up to twice as many
+_READ = 8  # samples of a batch that its checksum reads, up to twice as many
 
 
 def checksum(
@@ -30,7 +30,7 @@ def checksum(
 ) -> Optional[bytes]:
     """Four bytes for what ``rank`` was served: ids in order, else the bits of the losses.
 
-    Of a batch of 32 or more only 16 to 31 samples are read, evenly spread. None where they say
+    Of a batch of 16 or more only 8 to 15 samples are read, evenly spread. None where they say
     nothing: fewer than two, or losses that are all equal (0.0 is common in policy gradients) or not
     finite. The same on every Python version.
     """
@@ -93,8 +93,13 @@ class BatchMemory:
     Memory: 4 bytes x horizon. Time: one search of these bytes.
 
     >>> memory = BatchMemory(horizon=8)
-    >>> [memory.add(key, near=1) for key in (b"aaaa", b"bbbb", b"bbbb", b"bbbb", b"aaaa")]
-    [(1, 1), (1, 1), (2, 2), (3, 3), (2, 1)]
+    >>> for key in (b"aaaa", b"bbbb", b"bbbb", b"bbbb", b"aaaa"):
+    ...     print(memory.add(key), memory.repeats(near=1, most=16))
+    False (1, 1)
+    False (1, 1)
+    True (2, 2)
+    True (3, 3)
+    True (2, 1)
     """
 
     __slots__ = ("_past", "_bytes", "distinct", "streak", "long")
@@ -106,23 +111,30 @@ class BatchMemory:
         self.streak = 0  # in a row
         self.long = False  # whether the data is known to be longer than the horizon
 
-    def add(self, key: bytes, near: int, most: int = 16) -> Tuple[int, int]:
-        """How often ``key`` came within the horizon, now included, and how often in a row.
+    def add(self, key: bytes) -> bool:
+        """Takes a batch in; whether it came within the horizon before."""
+        past = self._past
+        self._past = (past + key)[-self._bytes :]
+        if key in past and _last(past, key, len(past)) >= 0:
+            self.streak = 0
+            return True
+        self.distinct += 1
+        self.streak = streak = self.streak + 1
+        if streak * _KEY_BYTES >= self._bytes:
+            self.long = True
+        return False
+
+    def repeats(self, near: int, most: int) -> Tuple[int, int]:
+        """How often the last batch came within the horizon, and how often of these in a row.
 
         It is in a row while it is found again within ``near`` batches. Counts up to ``most``.
         """
         past = self._past
-        self._past = (past + key)[-self._bytes :]
-        place = _last(past, key, len(past))
-        if place < 0:
-            self.distinct += 1
-            self.streak += 1
-            if self.streak * _KEY_BYTES >= self._bytes:
-                self.long = True
-            return 1, 1
-        self.streak = 0
-        times, in_row, after = 1, 1, len(past)
+        after = len(past) - _KEY_BYTES
+        key = past[after:]
+        times = in_row = 1
         unbroken = True
+        place = _last(past, key, after)
         while place >= 0 and times < most:
             times += 1
             unbroken = unbroken and after - place <= near * _KEY_BYTES
@@ -135,9 +147,7 @@ class BatchMemory:
 def _last(past: bytes, key: bytes, end: int) -> int:
     """The place of the last whole ``key`` before ``end``, -1 where there is none."""
     place = past.rfind(key, 0, end)
-    while (
-        place > 0 and (len(past) - place) % _KEY_BYTES
-    ):  # the end of one key, the start of another
+    while place > 0 and place % _KEY_BYTES:  # the end of one key and the start of the next
         place = past.rfind(key, 0, place + _KEY_BYTES - 1)
     return place
 

@@ -164,11 +164,11 @@ class StoredFold:
             return file.write(lines) or 0
 
     def _lose(self, name: str, count: int) -> None:
-        why = f"no room in {name}"
+        why = f"no room for a record in {name}"
         self.errors[why] = self.errors.get(why, 0) + count
 
     def _count(self, error: OSError) -> None:
-        why = error.strerror or type(error).__name__
+        why = f"no snapshot: {error.strerror or type(error).__name__}"
         self.errors[why] = self.errors.get(why, 0) + 1
 
     def _write_state(self, name: str) -> bool:

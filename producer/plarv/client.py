@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Callable, Mapping, Optional, Sequence, Type, Union
 
 from plarv import lifecycle, settings
-from plarv.columns import step_number
+from plarv.columns import MAX_STEP, step_number
 from plarv.decision import CONTINUE, Decision
 from plarv.exceptions import ArgusError, ArgusHalt, ArgusIntervention, ArgusPause
 from plarv.parameters import check_arguments
@@ -84,11 +84,10 @@ class Argus:
             return
         check_arguments(given)
         self._next_step = int(start_step)
-        session = self._session = open_session(given, self._hear)
+        session = self._session = open_session(given, self._hear, self._follow_rate)
         if session is None:
             return
         self._writer = session.writer
-        self._lr_group = session.learning_rate_group()
         lifecycle.watch(self)
 
     def step(
@@ -159,6 +158,9 @@ class Argus:
                     return self._decision
             except (struct.error, TypeError, KeyError):  # an odd step or learning rate
                 pass
+            except BaseException:  # from a signal's handler, between two of these lines
+                writer.settle()
+                raise
         return self._step(
             loss, grad_norm, step, local_report,
             {
@@ -223,7 +225,7 @@ class Argus:
         session = self._session
         if session is None:
             return CONTINUE
-        number = self._next_step
+        number = min(self._next_step, MAX_STEP)
         try:
             if step is not None:
                 wanted = step_number(step)
@@ -233,29 +235,41 @@ class Argus:
                     number = wanted
             self._next_step = number + 1
             session.record(loss, grad_norm, number, given, local_report, self._catch)
+            if session.late == 1:
+                lifecycle.watch(self)  # to say at the exit how many
             session.intervene(number)
         except ArgusIntervention:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the one place where our errors end
             if not self._catch:
                 raise error if isinstance(error, ArgusError) else ArgusError(str(error)) from error
             session.faults.count("step() failed", error)
+        except BaseException:  # Ctrl-C
+            session.writer.settle()
+            raise
         return self._decision
 
     def _hear(self, decision: Decision) -> None:
         """The transport's thread has a newer decision."""
         self._decision = decision
 
-    def _complete(self, status: str, exception: Optional[str]) -> None:
+    def _follow_rate(self, group: Optional[Mapping[str, Any]]) -> None:
+        """The parameter group that holds the learning rate is now this one."""
+        self._lr_group = group
+
+    def _complete(
+        self, status: str, exception: Optional[str], begun: Optional[float] = None
+    ) -> None:
         session = self._session
         if session is not None:
             lifecycle.forget(self)
-            session.close(status, exception)
+            session.close(status, exception, begun)
 
-    def _at_exit(self) -> None:
+    def _at_exit(self, begun: float) -> None:
         """The interpreter goes: an uncaught exception is the run's end."""
         error = getattr(sys, "last_type", None)
-        self._complete("failed" if error else "exited", error.__name__ if error else None)
+        name = error.__name__ if error else None
+        self._complete("failed" if error else "exited", name, begun)
 
     def _after_fork(self) -> None:
         """In a forked child: the run stays the parent's."""

@@ -40,6 +40,8 @@ class ColumnReader:
         for name, values in given.items():
             try:
                 columns[name] = self._list(name, values, problems)
+            except _OnDeviceError:
+                problems.append(f"{name} lay on a device: move it to the host, Argus would wait")
             except Exception:  # noqa: BLE001 - anybody's object
                 problems.append(f"{name} was no list of numbers")
         return columns

@@ -28,7 +28,9 @@ class Console:
         try:
             sys.stderr.write(f"[argus] {text}\n")
             sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):
+        except UnicodeError:
+            pass  # that line alone
+        except Exception:  # noqa: BLE001 - stderr may be anybody's object
             self.silent = True  # nobody is there to read: stderr is closed
 
     def record(self, record: Union[Verdict, Action]) -> None:
@@ -52,6 +54,6 @@ class Console:
     def _paint(self, word: str, level: str) -> str:
         try:
             plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-        except (AttributeError, ValueError):
+        except Exception:  # noqa: BLE001 - the same
             plain = True
         return word if plain else f"\x1b[{_COLOUR[level]}m{word}\x1b[0m"

@@ -13,6 +13,7 @@ __all__ = ["RERAISE", "Faults", "Guard"]
 RERAISE = False
 
 _log = logging.getLogger("plarv")
+_MAX_CAUSES = 64
 
 
 class Faults:
@@ -25,6 +26,8 @@ class Faults:
 
     def count(self, cause: str, error: Optional[BaseException] = None) -> None:
         """One more of ``cause``; the first one of an ``error`` is logged with its traceback."""
+        if cause not in self.counts and len(self.counts) >= _MAX_CAUSES:
+            cause = "other faults"
         seen = self.counts.get(cause, 0)
         self.counts[cause] = seen + 1
         if error is not None:

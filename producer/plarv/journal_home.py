@@ -6,15 +6,18 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 from plarv import settings
 from plarv.exceptions import ArgusPause
 from plarv.identity import Identity
-from plarv_schemas.journal_writer import JournalWriter
+from plarv_schemas.journal_writer import SEGMENT_BYTES, JournalWriter
 from plarv_schemas.records import paused_by
 
-__all__ = ["Home", "open_home", "refuse_if_paused", "run_folder", "sample_key"]
+__all__ = ["Home", "open_home", "places", "refuse_if_paused", "run_folder", "sample_key"]
+
+_KEY_BYTES = 16
+_SMALLEST = 1024 * 1024  # bytes of a segment: it holds the longest event
 
 
 class Home(NamedTuple):
@@ -27,7 +30,13 @@ class Home(NamedTuple):
 
 def run_folder(run_id: str) -> Path:
     """``ARGUS_DIR/runs/RUN_ID``."""
-    return Path(settings.text("ARGUS_DIR")).absolute() / "runs" / run_id
+    return _absolute(Path(settings.text("ARGUS_DIR"))) / "runs" / run_id
+
+
+def places(run_id: str) -> Tuple[Path, Path]:
+    """Where a run may lie: in ARGUS_DIR, or where that cannot be written to, in the temporary folder."""
+    fallback = Path(tempfile.gettempdir()) / f"argus-{os.getuid()}" / "runs" / run_id
+    return run_folder(run_id), fallback
 
 
 def open_home(identity: Identity, session: str) -> Optional[Home]:
@@ -35,9 +44,9 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
 
     Where ARGUS_DIR cannot be written to, the temporary folder is taken instead, and said so.
     """
-    wanted = run_folder(identity.run_id)
-    fallback = Path(tempfile.gettempdir()) / f"argus-{os.getuid()}" / "runs" / identity.run_id
+    bound = settings.integer("ARGUS_JOURNAL_MAX_MB") * 1024 * 1024
     note = ""
+    wanted, fallback = places(identity.run_id)
     for folder in (wanted, fallback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +56,8 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
                 session=session,
                 rank=identity.rank,
                 world_size=identity.local_world_size,  # the ranks whose files lie in this folder
+                # Small enough to go one by one: one is written, two are ready, one is being folded.
+                segment_bytes=max(_SMALLEST, min(SEGMENT_BYTES, bound // 4)),
             )
             return Home(folder, writer, note)
         except OSError as error:
@@ -54,31 +65,52 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
     return None
 
 
-def refuse_if_paused(run_id: str, folder: Path) -> None:
+def refuse_if_paused(run_id: str) -> None:
     """Raises ArgusPause where the run was paused and nobody has lifted it."""
-    pause = paused_by(folder)
-    if pause is not None:
-        raise ArgusPause(
-            f"run {run_id} was paused at step {pause.step}: {pause.reason}. "
-            f"Lift it with `argus resume {run_id}`, or take another run_id.",
-            pause.step,
-            pause.to_dict(),
-        )
+    for folder in places(run_id):
+        try:
+            pause = paused_by(folder)
+        except OSError:  # nobody can read it, so nobody can resume it
+            continue
+        if pause is not None:
+            raise ArgusPause(
+                f"run {run_id} was paused at step {pause.step}: {pause.reason}. "
+                f"Lift it with `argus resume {run_id}`, or take another run_id.",
+                pause.step,
+                pause.to_dict(),
+            )
 
 
 def sample_key(folder: Path) -> bytes:
-    """The key by which string sample ids are hashed; it never leaves the run's folder."""
+    """The key by which string sample ids are hashed; it never leaves the run's folder.
+
+    All ranks and attempts share it. Where the disk takes none, it lasts as long as the process.
+    """
+    key = secrets.token_bytes(_KEY_BYTES)
     path = folder / "sample.key"
+    new = folder / f"sample.key.{secrets.token_hex(4)}"
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+        if not path.exists():
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                written = os.write(descriptor, key)
+            finally:
+                os.close(descriptor)
+            try:
+                if written == len(key):
+                    os.link(new, path)  # whole, and only where no other rank was first
+            except FileExistsError:
+                pass
+            finally:
+                os.unlink(new)
         found = path.read_bytes()
-        return found if len(found) == 16 else b"\0" * 16
     except OSError:
-        return secrets.token_bytes(16)
-    key = secrets.token_bytes(16)
+        return key
+    return found if len(found) == _KEY_BYTES else key
+
+
+def _absolute(folder: Path) -> Path:
     try:
-        os.write(descriptor, key)
-    finally:
-        os.close(descriptor)
-    return key
+        return folder.absolute()
+    except OSError:  # the working folder is gone
+        return Path(tempfile.gettempdir()) / folder

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from typing import Any, Protocol, Set
+
+from plarv.faults import Guard
 
 __all__ = ["CLOSED", "forget", "watch"]
 
@@ -22,7 +25,7 @@ CLOSED = _ClosedWriter()
 
 
 class _Watched(Protocol):
-    def _at_exit(self) -> None: ...
+    def _at_exit(self, begun: float) -> None: ...
 
     def _after_fork(self) -> None: ...
 
@@ -48,11 +51,14 @@ def forget(argus: _Watched) -> None:
 
 
 def _end_all() -> None:
+    begun = time.monotonic()  # the bound is on all of them together
     for argus in list(_live):
-        argus._at_exit()
+        with Guard("interpreter exit"):
+            argus._at_exit(begun)
 
 
 def _disarm_all() -> None:
     for argus in list(_live):
-        argus._after_fork()
+        with Guard("fork"):
+            argus._after_fork()
     _live.clear()

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Optional
 
-from plarv.journal_home import run_folder
+from plarv.journal_home import places, run_folder
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.records import paused_by
 from plarv_schemas.run_log import is_run_dir
@@ -25,7 +25,7 @@ class OrderError(Exception):
 
 def find_run(run: str) -> Path:
     """The folder of the run with this id, or at this path. OrderError: there is none."""
-    for folder in (Path(run), run_folder(run)):
+    for folder in (Path(run), *places(run)):
         if is_run_dir(folder):
             return folder
     raise OrderError(f"no run {run!r} in {run_folder('x').parent}, and no run folder of that path")

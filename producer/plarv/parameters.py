@@ -15,7 +15,7 @@ __all__ = ["MODES", "check_arguments", "resolve_mode"]
 MODES = ("MANUAL", "AUTO")
 
 _COUNTS = ("sequence_length", "vocab_size", "num_layers", "hidden_dim", "total_steps")
-_TEXTS = ("api_key", "run_id", "dtype", "project", "url", "run_key")
+_TEXTS = ("api_key", "run_id", "project", "url", "run_key")
 _FLAGS = ("fail_open", "catch_exceptions")
 
 
@@ -30,9 +30,10 @@ def check_arguments(given: Any) -> None:
         raise ArgusConfigurationError("start_step", "must be a whole number of at least 0", start)
     for name in _TEXTS:
         if given[name] is not None and not isinstance(given[name], str):
-            if name == "dtype":  # torch.bfloat16 is welcome too
-                continue
             raise ArgusConfigurationError(name, "must be text", given[name])
+    if isinstance(given["dtype"], (int, float, list, tuple, dict)):
+        rule = "must be a dtype or its name"  # torch.bfloat16 is as welcome as "bfloat16"
+        raise ArgusConfigurationError("dtype", rule, given["dtype"])
     for name in _FLAGS:
         if not isinstance(given[name], bool):
             raise ArgusConfigurationError(name, "must be True or False", given[name])

@@ -74,8 +74,8 @@ class Recorder:
         if local_report is not None:
             try:
                 columns.update(local_columns(local_report))
-            except (TypeError, ValueError, AttributeError) as error:
-                problems.append(str(error))
+            except Exception:  # noqa: BLE001 - anybody's object
+                problems.append("local_report was no LocalDetector's report, nor its to_dict()")
         every = {"loss": loss, "grad_norm": grad_norm, **given}
         scalars = {n: value for n, value in every.items() if value is not None and n not in lists}
         self._signals.fill(loss, scalars)
@@ -139,8 +139,11 @@ class Recorder:
         core = not columns
         for name, value in zip(names, values):
             if value is not None:
-                columns[name] = _wire(name, value)
-                core = core and name in _CORE_COLUMNS
+                wired = columns[name] = _wire(name, value)
+                # A core record has no bit for the learning rate: NaN says that there is none.
+                core = core and name in _CORE_COLUMNS and (name != "current_lr" or value == value)
+                if wired is None:
+                    self._faults.count(f"{name} was no whole number from 0 on")
         if core:
             packed = _pack_core(writer.record, clock_ns, step, columns)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 from plarv import settings
 from plarv.agreement import StoreAgreement
@@ -14,10 +14,10 @@ from plarv.console import Console
 from plarv.decision import Decision
 from plarv.discovery import batch_size_of, describe_model, total_steps_of
 from plarv.exceptions import ArgusError
-from plarv.faults import Faults
+from plarv.faults import Faults, Guard
 from plarv.identity import Identity, discover, validate_run_id
 from plarv.interventions import Interventions
-from plarv.journal_home import Home, open_home, refuse_if_paused, run_folder, sample_key
+from plarv.journal_home import Home, open_home, refuse_if_paused, sample_key
 from plarv.learning_rate import LearningRateCap
 from plarv.parameters import resolve_mode
 from plarv.recorder import Recorder
@@ -29,6 +29,7 @@ from plarv_schemas.events import Action, Verdict
 __all__ = ["Session", "open_session"]
 
 _MEGABYTE = 1024 * 1024
+_FLUSH_S = 0.001
 
 
 class Session:
@@ -45,6 +46,7 @@ class Session:
         home: Home,
         mode: str,
         listener: Callable[[Decision], None],
+        follow_rate: Callable[[Optional[Mapping[str, Any]]], None],
     ) -> None:
         self.run_id = identity.run_id
         self.folder: Path = home.folder
@@ -78,17 +80,15 @@ class Session:
         )
         self._records: Dict[str, int] = {}
         self._last_step = -1
-        self._late = 0  # steps after complete()
+        self.late = 0  # steps after complete()
         self._closed = False
+        self._timeout_s = settings.number("ARGUS_SHUTDOWN_TIMEOUT")
+        self._follow_rate = follow_rate
+        self._rate: Optional[Mapping[str, Any]] = None
+        self._odd_rate = False
         self.transport = self._embedded()
+        self._look_at_rate()
         self._hold()
-
-    def learning_rate_group(self) -> Optional[Mapping[str, Any]]:
-        """The parameter group whose rate the hot path may read: one with a plain float."""
-        optimizer = self._signals.optimizer()
-        groups: Sequence[Mapping[str, Any]] = getattr(optimizer, "param_groups", None) or [{}]
-        group = groups[0]
-        return group if type(group.get("lr")) is float else None
 
     def start(self, data: Mapping[str, Any]) -> None:
         """Writes that the session began, and starts the engine."""
@@ -106,8 +106,8 @@ class Session:
     ) -> None:
         """One step, by the long way."""
         if self._closed:
-            self._late += 1
-            if self._late == 1:
+            self.late += 1
+            if self.late == 1:
                 self.console.say("step() after complete(): this step and later ones are not recorded")
             return
         if self._batch_size is not None and given.get("batch_size") is None:
@@ -139,33 +139,47 @@ class Session:
         finally:
             self._hold()
 
-    def close(self, status: str, exception: Optional[str]) -> None:
-        """Ends the session within ARGUS_SHUTDOWN_TIMEOUT, and prints the summary. Once."""
+    def close(
+        self, status: str, exception: Optional[str], begun: Optional[float] = None
+    ) -> None:
+        """Ends the session within ARGUS_SHUTDOWN_TIMEOUT, and prints the summary. Once.
+
+        ``begun`` is the monotonic time from which several sessions that end together are timed.
+        """
         if self._closed:
+            if self.late > 1:
+                self.console.say(f"{self.late} steps after complete() were not recorded")
+            self.late = 0
             return
         self._closed = True
-        timeout_s = settings.number("ARGUS_SHUTDOWN_TIMEOUT")
-        until = time.monotonic() + timeout_s
-        self._recorder.close(timeout_s / 4)
-        self.writer.control(
-            "session_finished",
-            step=None,
-            rank=self.identity.rank,
-            data={"status": status, "exception": exception},
-        )
-        self.writer.hold(True)
-        self._signals.close()
-        self._cap.lift()
-        self.transport.close(max(0.0, until - time.monotonic()))
-        self.writer.close()
-        self._summarise(status)
+        until = (time.monotonic() if begun is None else begun) + self._timeout_s
+        guard = Guard("the end of the run", self.faults)
+        with guard:
+            self._recorder.close(self._timeout_s / 4)
+        with guard:
+            data = {"status": status, "exception": exception}
+            self.writer.control(
+                "session_finished", step=None, rank=self.identity.rank, data=data
+            )
+            self.writer.hold(True)
+        with guard:
+            self._signals.close()
+            self._cap.lift()
+        with guard:
+            while not self.writer.flush() and self.transport.alive and time.monotonic() < until:
+                time.sleep(_FLUSH_S)  # its thread makes room
+            self.transport.close(max(0.0, until - time.monotonic()))
+        with guard:
+            self.writer.close()
+        with guard:
+            self._summarise(status)
 
     def abandon(self) -> None:
         """In a forked child: lets go of everything without a word."""
         self._closed = True
         self.console.silent = True
-        self._signals.close()
         self.transport.abandon()
+        self._signals.close()
 
     def _embedded(self) -> Transport:
         return EmbeddedTransport(
@@ -187,6 +201,7 @@ class Session:
             or self._signals.active
             or self._batch_size is not None
             or self._recorder.waiting
+            or self._odd_rate
             or self._interventions.busy
             or bool(self.mailbox.actions)
         )
@@ -197,7 +212,8 @@ class Session:
         if done != "applied" or data["kind"] == "SET_LR":
             extra = f": {data['why']}" if "why" in data else ""
             if "lr" in data:
-                extra = f": learning rate {data['lr_before']:.4g} -> {data['lr']:.4g}"
+                before = "" if data["lr_before"] is None else f"{data['lr_before']:.4g} "
+                extra = f": learning rate {before}-> {data['lr']:.4g}"
             self.console.say(f"step {step} {data['kind']} {done}{extra}")
 
     def _tell(self, record: Union[Verdict, Action]) -> None:
@@ -208,13 +224,30 @@ class Session:
     def _tend(self) -> None:
         if self._agreement is not None:
             self._agreement.tend()
+        if not self._signals.active:
+            self._look_at_rate()
+
+    def _look_at_rate(self) -> None:
+        """Finds the parameter group whose rate the short way reads: load_state_dict() makes new ones.
+
+        A rate that is no plain number (a tensor) is left to the long way.
+        """
+        groups: Any = getattr(self._signals.optimizer(), "param_groups", None) or [{}]
+        group: Mapping[str, Any] = groups[0]
+        rate = group.get("lr")
+        plain = isinstance(rate, (float, int))
+        self._odd_rate = rate is not None and not plain
+        if self._odd_rate:
+            self.writer.hold(True)
+        found = group if plain else None
+        if found is not self._rate:
+            self._rate = found
+            self._follow_rate(found)
 
     def _summarise(self, status: str) -> None:
-        lost = self.writer.lost + self._late
         notes: List[str] = [self.transport.describe(), self.faults.describe()]
-        if lost:
-            why = self.writer.ended or "after complete()"
-            notes.append(f"{lost} events lost ({why})")
+        if self.writer.lost:
+            notes.append(f"{self.writer.lost} events lost ({self.writer.ended or 'too long'})")
         text = "; ".join(note for note in notes if note)
         self.console.say(
             f"run {self.run_id} {status}: {self.writer.record} events, "
@@ -225,23 +258,31 @@ class Session:
 
 
 def open_session(
-    given: Mapping[str, Any], listener: Callable[[Decision], None]
+    given: Mapping[str, Any],
+    listener: Callable[[Decision], None],
+    follow_rate: Callable[[Optional[Mapping[str, Any]]], None],
 ) -> Optional[Session]:
-    """A session that has begun; None where no disk takes a journal. ``listener`` hears decisions."""
-    mode = resolve_mode(settings.text("ARGUS_MODE", given["mode"]))
+    """A session that has begun; None where no disk takes a journal.
+
+    ``listener`` hears decisions, ``follow_rate`` which parameter group holds the learning rate.
+    """
+    mode = resolve_mode(
+        settings.text("ARGUS_MODE", given["mode"]),
+        "ARGUS_MODE" if given["mode"] is None else "mode",
+    )
     wanted = settings.text("ARGUS_RUN_ID", given["run_id"]) or None
     if wanted is not None:
-        validate_run_id(wanted)
+        validate_run_id(wanted, "ARGUS_RUN_ID" if given["run_id"] is None else "run_id")
     for name in ("ARGUS_JOURNAL_MAX_MB", "ARGUS_SHUTDOWN_TIMEOUT"):
         settings.number(name)
     identity = discover(wanted)
-    refuse_if_paused(identity.run_id, run_folder(identity.run_id))
+    refuse_if_paused(identity.run_id)
     home = open_home(identity, secrets.token_hex(8))
     if home is None:
         silent = Console(settings.flag("ARGUS_SILENT", given["silent"]))
         silent.say("no folder can be written to: this run is not monitored (set ARGUS_DIR)")
         return None
-    session = Session(given, identity, home, mode, listener)
+    session = Session(given, identity, home, mode, listener, follow_rate)
     say = session.console.say
     rank = f", {identity.world_size} ranks" if identity.world_size > 1 else ""
     say(f"run {identity.run_id} ({mode}{rank}), journal in {home.folder}")
@@ -266,14 +307,17 @@ def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[s
         "world_size": identity.world_size,
         "local_world_size": identity.local_world_size,
         "restart_count": identity.restart_count,
-        "total_steps": total_steps,
+        "total_steps": None if total_steps is None else int(total_steps),
         "start_step": int(given["start_step"]),
         "project": settings.text("ARGUS_PROJECT", given["project"]) or None,
         "sdk": __version__,
     }
     for name in ("sequence_length", "vocab_size", "num_layers", "hidden_dim", "dtype"):
         value = given[name] if given[name] is not None else found.get(name)
-        data[name] = str(value).replace("torch.", "") if name == "dtype" and value else value
+        if name == "dtype":
+            data[name] = None if value is None else str(value).replace("torch.", "")
+        else:
+            data[name] = None if value is None else int(value)
     data["parameters"] = found.get("parameters")
     return data
 

@@ -38,7 +38,7 @@ def text(name: str, argument: Optional[str] = None) -> str:
     if argument is not None:
         return argument
     value = os.environ.get(name)
-    if value is not None:
+    if value:  # an empty one is as good as none: that is how compose files and CI unset it
         return value
     project = _project_file().get(name[len("ARGUS_") :].lower())
     if project is not None:

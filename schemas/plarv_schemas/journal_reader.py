@@ -35,6 +35,7 @@ __all__ = ["SegmentFile", "SessionReader", "segments_of"]
 
 _NAME = re.compile(r"^(operator|r\d{5,})-([0-9a-f]{16})-(\d{6,})\.journal$")
 _CHUNK = 256 * 1024
+_NO_END = 1 << 63
 _PEEK = 8 * 1024  # 146 core records: enough for a reader that keeps up
 _FLOAT32 = struct.Struct("<f")
 
@@ -72,7 +73,7 @@ class SessionReader:
 
     __slots__ = (
         "folder", "rank", "session", "segment", "offset", "record", "header", "skipped",
-        "_previous_clock", "_previous_step", "_descriptor", "_size", "_alone",
+        "_previous_clock", "_previous_step", "_descriptor", "_size", "_alone", "_upto",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +89,7 @@ class SessionReader:
         self._previous_clock = self._previous_step = NO_STEP
         self._descriptor = -1
         self._size = 0  # of the segment's file
+        self._upto = _NO_END
 
     def position(self) -> Tuple[int, int, int, int, int]:
         """Where reading stands: what :meth:`seek` takes."""
@@ -102,20 +104,22 @@ class SessionReader:
             self.offset = offset
         self.record, self._previous_clock, self._previous_step = record, clock, step
 
-    def read(self, limit: int = 1 << 30) -> List[Event]:
+    def read(self, limit: int = 1 << 30, upto: Optional[int] = None) -> List[Event]:
         """Up to ``limit`` events that are complete by now, in order; an empty list: none more yet.
 
+        ``upto`` is the number of a record that is not read any more, nor any after it.
         Raises ValueError on a journal of a newer version; OSError where it cannot be read.
         """
         events: List[Event] = []
-        while len(events) < limit:
+        self._upto = _NO_END if upto is None else upto
+        while len(events) < limit and self.record < self._upto:
             # Looked at before the rest is read: once the next segment has begun, this one is whole.
             # It begins when a record found no room here, so far from the end there is none.
             near_end = self._size - self.offset <= MAX_RECORD_BYTES
             whole = near_end and self._has_begun(self.segment + 1)
             if self.offset or self._open():
                 self._read_segment(events, limit, whole)
-            if len(events) >= limit or not whole or self._alone:
+            if len(events) >= limit or self.record >= self._upto or not whole or self._alone:
                 break
             self.close()
             self.segment += 1
@@ -165,7 +169,7 @@ class SessionReader:
 
     def _read_segment(self, events: List[Event], limit: int, whole: bool) -> None:
         size = _PEEK
-        while len(events) < limit:
+        while len(events) < limit and self.record < self._upto:
             data = os.pread(self._descriptor, size, self.offset)
             used = self._parse(data, events, limit)
             size = _CHUNK
@@ -173,7 +177,7 @@ class SessionReader:
                 data = os.pread(self._descriptor, MAX_RECORD_BYTES + _CHUNK, self.offset)
                 used = self._parse(data, events, limit)
             self.offset += used
-            if used or len(events) >= limit:
+            if used or len(events) >= limit or self.record >= self._upto:
                 continue
             if whole and any(data):
                 resumed = self._resynchronise(data)
@@ -193,8 +197,8 @@ class SessionReader:
         unpack_core = CORE_STRUCT.unpack_from
         new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         append = events.append
-        record = self.record
-        while len(events) < limit and length - at >= RECORD_HEAD.size + 8:
+        record, upto = self.record, self._upto
+        while len(events) < limit and record < upto and length - at >= RECORD_HEAD.size + 8:
             size = _size_at(data, at)
             if size < RECORD_HEAD.size + 8 or size > length - at:
                 break

@@ -51,7 +51,7 @@ class JournalWriter:
     __slots__ = (
         "buffer", "position", "limit", "record", "lost", "ended", "last_clock_ns", "last_step",
         "run_id", "session", "rank", "world_size", "folder", "segment", "prepared_bytes",
-        "held", "_spares", "_waiting", "_waiting_bytes", "_segment_bytes", "_next_segment", "_closed",
+        "held", "full", "_spares", "_waiting", "_waiting_bytes", "_segment_bytes", "_next_segment", "_closed",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +70,7 @@ class JournalWriter:
         self.record = 0  # number of the next record
         self.lost = 0
         self.ended = ""
+        self.full = ""  # why no further segment can be made, as the one says who prepares them
         self.last_clock_ns = self.last_step = NO_STEP  # of the last step record
         self.segment = -1
         self.prepared_bytes = 0  # of all segments made so far
@@ -84,6 +85,16 @@ class JournalWriter:
         self.position, self.limit = 0, 0
         self.prepare(spares=1)
         self.rotate()
+
+    @property
+    def ready(self) -> int:
+        """How many segments are ready beside the one being written."""
+        return len(self._spares)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of a segment on disk."""
+        return self._segment_bytes
 
     def prepare(self, spares: int = 2) -> None:
         """Makes segments until ``spares`` are ready. For the background thread; OSError: no room."""
@@ -244,7 +255,7 @@ class JournalWriter:
     def _wait(self, packed: bytes) -> bool:
         size = self._waiting_bytes + len(packed)
         if len(self._waiting) >= _MAX_WAITING or size > _MAX_WAITING_BYTES:
-            self.ended = "no journal segment could be made in time"
+            self.ended = self.full or "no journal segment could be made in time"
             self.lost += 1
             return False
         self._waiting.append(packed)

@@ -88,7 +88,7 @@ class RunLog:
             if reader is not None:
                 reader.started_ns()  # where old segments were removed it begins further on
             wanted = limit if upto is None else upto - (reader.record if reader else upto)
-            events = reader.read(min(limit, wanted)) if reader and wanted > 0 else []
+            events = reader.read(min(limit, wanted), upto) if reader and wanted > 0 else []
             if events:
                 return events
             self._script.pop()

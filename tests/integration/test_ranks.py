@@ -56,6 +56,7 @@ def torchrun(scenario: str, folder: Path, *options: str) -> Tuple[Path, List[Dic
         **os.environ,
         "ARGUS_DIR": str(folder),
         "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # gloo cannot start again on a store it knows
         "PYTHONPATH": os.pathsep.join(roots),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]

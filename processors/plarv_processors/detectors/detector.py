@@ -29,7 +29,7 @@ class Detector(Protocol):
     version: str
 
     def update(self, event: StepEvent) -> Tuple[Verdict, ...]:
-        """The verdicts of this event, mostly none. Never raises on data; a missing input is silence."""
+        """The verdicts of this event, mostly none. Data never makes it raise; no input, no word."""
         ...
 
 

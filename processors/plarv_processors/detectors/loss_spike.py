@@ -73,7 +73,8 @@ class LossSpike:
                 raise ValueError("log_floor and raw_floor must be positive")
 
     __slots__ = (
-        "config", "version", "_past", "_log", "_kind", "_onset", "_jump_z", "_watched", "_high", "_calm",
+        "config", "version", "_past", "_log", "_kind", "_onset", "_jump_z", "_watched", "_high",
+        "_calm",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:

@@ -7,6 +7,7 @@ from typing import List, NamedTuple, Optional, Sequence
 
 from plarv import settings
 from plarv.cli.complaint import Complaint
+from plarv.journal_home import places
 from plarv_schemas.events import StepEvent
 from plarv_schemas.journal_reader import SegmentFile, SessionReader, segments_of
 from plarv_schemas.run_log import is_run_dir
@@ -50,7 +51,7 @@ def run_folders() -> List[Path]:
 
 def find_run(run: str) -> Path:
     """The folder of a run, named by id or path. Complaint: there is none."""
-    for path in (Path(run), runs_root() / run):
+    for path in (Path(run), *places(run)):
         if is_run_dir(path):
             return path
     known = [path.name for path in run_folders()[:5]]

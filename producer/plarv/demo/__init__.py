@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, List, Optional, Sequence
 
+from plarv import settings
 from plarv.cli.complaint import Complaint, tell
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the demo; its exit code. Complaint: no torch, no matplotlib, too few steps."""
+    """Runs the demo; its exit code. Complaint: what it needs is not there."""
     began = time.monotonic()
     _require("torch", "matplotlib")
     plan = _plan(options)
+    _make_room(options.output)
+    if settings.flag("ARGUS_DISABLED"):
+        raise Complaint("ARGUS_DISABLED is set: there would be nothing to show")
     outcome = _play(plan, options.output, began, quiet=options.json)
     from plarv.demo import story
 
@@ -71,6 +75,15 @@ def _require(*modules: str) -> None:
         except ImportError as error:
             hint = "pip install 'plarv-argus-sdk[demo]'"
             raise Complaint(f"the demo needs {name}, which is not here: {hint}", 1) from error
+
+
+def _make_room(picture: Path) -> None:
+    """Finds out now, and not after a minute of training, that the picture cannot be written."""
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.open("ab").close()
+    except OSError as error:
+        raise Complaint(f"--output {picture}: {error.strerror}") from error
 
 
 def _plan(options: argparse.Namespace) -> "Plan":
@@ -99,12 +112,17 @@ def _play(plan: "Plan", picture: Path, began: float, *, quiet: bool) -> "Outcome
     text = read_text()
     if not quiet:
         _introduce(plan, len(text.characters))
-    watching: list[Argus] = []
+    watching: List[Argus] = []
 
     def attach(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> Argus:
         run_id = f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         argus = Argus(
-            run_id=run_id, model=model, optimizer=optimizer, mode="AUTO", total_steps=plan.steps, silent=quiet or None
+            run_id=run_id,
+            model=model,
+            optimizer=optimizer,
+            mode="AUTO",
+            total_steps=plan.steps,
+            silent=quiet or None,
         )
         watching.append(argus)
         return argus
@@ -118,7 +136,7 @@ def _play(plan: "Plan", picture: Path, began: float, *, quiet: bool) -> "Outcome
     alone, watched = curves
     run_dir = watching[0].run_dir
     if run_dir is None:
-        raise Complaint("ARGUS_DISABLED is set: there would be nothing to show", 1)
+        raise Complaint("Argus could keep no journal: there is nothing to compare", 1)
     check = check_replay(run_dir)
     draw(picture, plan, alone, watched, check.verdicts, check.actions)
     return Outcome(plan, alone, watched, check, picture, run_dir, time.monotonic() - began)

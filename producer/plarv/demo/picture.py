@@ -19,7 +19,7 @@ _ALONE = "#c2410c"
 _ARGUS = "#1d4ed8"
 _INK = "#374151"
 _LEVEL = {"warn": "#f59e0b", "critical": "#b91c1c"}
-_SMOOTHED = 15  # steps
+_REACH = 6  # steps on either side that a smoothed loss covers
 
 Record = Mapping[str, Any]
 
@@ -47,56 +47,57 @@ def draw(
     for axes in (top, middle, bottom):
         axes.axvline(plan.injury_step, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK, labelbottom=axes is bottom)
-    _mark_actions(top, watched, actions)
+        axes.tick_params(which="both", colors=_INK, labelbottom=axes is bottom)
+    _mark_actions(top, alone, watched, actions)
     top.set_xlim(0, max(len(alone.losses), len(watched.losses)) - 1)
     bottom.set_xlabel("step", color=_INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def smooth(losses: Sequence[float], window: int = _SMOOTHED) -> List[float]:
-    """The geometric mean of each loss and those before it; NaN where none of them is finite.
+def smooth(losses: Sequence[float], reach: int = _REACH) -> List[float]:
+    """The geometric mean of each loss and its neighbours; NaN where none of them is finite.
 
-    >>> smooth([1.0, 4.0, float("nan")], window=2)
-    [1.0, 2.0, 4.0]
+    >>> smooth([1.0, 4.0, 4.0, float("nan")], reach=1)
+    [2.0, 2.519842099789746, 4.0, 4.0]
     """
     smoothed: List[float] = []
-    for end in range(1, len(losses) + 1):
-        logs = [
-            math.log(loss)
-            for loss in losses[max(0, end - window) : end]
-            if math.isfinite(loss) and loss > 0.0
-        ]
+    for place in range(len(losses)):
+        near = losses[max(0, place - reach) : place + reach + 1]
+        logs = [math.log(loss) for loss in near if math.isfinite(loss) and loss > 0.0]
         smoothed.append(math.exp(math.fsum(logs) / len(logs)) if logs else math.nan)
     return smoothed
 
 
 def _draw_losses(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
+    highest = 0.0
     for curve, colour, name in ((alone, _ALONE, "alone"), (watched, _ARGUS, "under Argus")):
         smoothed = _smoothed_around(curve.losses, plan.injury_step)
-        axes.plot(curve.losses, color=colour, linewidth=0.7, alpha=0.3)
-        axes.plot(smoothed, color=colour, linewidth=2.2, label=f"{name}: ends at {smoothed[-1]:.3g}")
+        label = f"{name}: {curve.final_loss:.3g} at the end"
+        axes.plot(curve.losses, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(smoothed, color=colour, linewidth=2.4, label=label)
+        highest = max([highest, *(loss for loss in smoothed if math.isfinite(loss))])
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(top=3.0 * highest)  # the raw curve's peaks may leave it
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
     axes.set_ylabel("loss (nats a character)", color=_INK)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.legend(loc="upper left", frameon=False, fontsize=11)
     axes.set_title(
-        "One training run, one seed, one injury: alone, and under Argus in AUTO mode",
+        "The same run, seed and injury twice: alone, and under Argus in AUTO mode",
         loc="left",
         fontsize=13,
         color="#111827",
     )
     axes.annotate(
         f"injury at step {plan.injury_step}:\nlearning rate × {plan.injury_factor:g}",
-        (plan.injury_step, 0.98),
+        (plan.injury_step, 0.5),
         xycoords=("data", "axes fraction"),
         xytext=(-8, 0),
         textcoords="offset points",
         ha="right",
-        va="top",
+        va="center",
         fontsize=10,
         color=_INK,
     )
@@ -105,7 +106,7 @@ def _draw_losses(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
 def _minor_label(value: float, _: object) -> str:
     """Labels 2, 5, 20, 50, ... between the powers of ten."""
     leading = round(value / 10.0 ** math.floor(math.log10(value)))
-    return f"{value:g}" if leading in (2, 5) else ""
+    return f"{value:,g}" if leading in (2, 5) else ""
 
 
 def _smoothed_around(losses: Sequence[float], injury_step: int) -> List[float]:
@@ -155,11 +156,13 @@ def _draw_rates(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
 
 
-def _mark_actions(axes: Axes, watched: Curve, actions: Sequence[Record]) -> None:
+def _mark_actions(axes: Axes, alone: Curve, watched: Curve, actions: Sequence[Record]) -> None:
     """A star on the curve at what Argus did to the run: not where it only warned."""
+    steps, ends = len(watched.losses), watched.final_loss * alone.final_loss
+    between = math.sqrt(ends) if math.isfinite(ends) else 2.0 * watched.final_loss
     for action in actions:
         step = int(action["step"])
-        if action["kind"] in ("WARN", "CHECKPOINT") or step >= len(watched.losses):
+        if action["kind"] in ("WARN", "CHECKPOINT") or step >= steps:
             continue
         rate = action["parameters"].get("lr")
         what = action["kind"] + (f" to {rate:.2g}" if isinstance(rate, float) else "")
@@ -168,10 +171,11 @@ def _mark_actions(axes: Axes, watched: Curve, actions: Sequence[Record]) -> None
         axes.annotate(
             f"Argus: {what}\nafter step {step}",
             (step, loss),
-            xytext=(46, 26),
-            textcoords="offset points",
+            xytext=(step + 0.06 * steps, between),
+            va="center",
             fontsize=11,
             fontweight="bold",
             color=_ARGUS,
+            bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             arrowprops={"arrowstyle": "-", "color": _ARGUS},
         )

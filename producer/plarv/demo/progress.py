@@ -29,11 +29,12 @@ class ProgressBar:
         self._colour = self._live and "NO_COLOR" not in os.environ
         blocks = (stream.encoding or "").lower().replace("-", "") == "utf8"
         self._full, self._empty = ("█", "░") if blocks else ("#", ".")
-        self._drawn = time.monotonic() if not self._live else 0.0
+        self._drawn = 0.0 if self._live else float("inf")  # inf: not begun
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Redraws the bar if it is time to."""
         now = time.monotonic()
+        self._drawn = min(self._drawn, now)
         if now - self._drawn >= (_REDRAW_S if self._live else _LINE_S):
             self._drawn = now
             self._draw(step + 1, loss, rate)

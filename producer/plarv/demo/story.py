@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from plarv.demo.replay_check import ReplayCheck
-from plarv.demo.training import Curve, Plan
+from plarv.demo.training import Curve, Plan, typical_loss
 from plarv_schemas.events import to_json_value
 
-__all__ = ["Outcome", "as_json", "ending_loss", "tell"]
+__all__ = ["Outcome", "as_json", "tell"]
 
-_ENDING = 20  # steps whose median is the final loss
 _COLOUR = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
 _LEVEL_COLOUR = {"ok": "green", "warn": "yellow", "critical": "red"}
 
@@ -52,21 +50,9 @@ class Outcome(NamedTuple):
     @property
     def rescued(self) -> bool:
         """Whether Argus acted, the run went on to its end, and ended far better than alone."""
-        under, alone = ending_loss(self.watched.losses), ending_loss(self.alone.losses)
+        under, alone = self.watched.final_loss, self.alone.final_loss
         better = not alone < 1.5 * under  # also where alone is NaN
         return self.acted_at is not None and not self.watched.stopped and better
-
-
-def ending_loss(losses: Sequence[float]) -> float:
-    """The median of the last 20 losses; NaN where one of them is not a number.
-
-    >>> ending_loss([9.0] * 50 + [2.0] * 20)
-    2.0
-    """
-    last = losses[-_ENDING:]
-    if not last or any(math.isnan(loss) for loss in last):
-        return math.nan
-    return statistics.median(last)
 
 
 def as_json(outcome: Outcome) -> Dict[str, Any]:
@@ -99,9 +85,9 @@ def as_json(outcome: Outcome) -> Dict[str, Any]:
 def _summary(plan: Plan, curve: Curve) -> Dict[str, Any]:
     return {
         "loss_untrained": curve.losses[0],
-        "loss_before": ending_loss(curve.losses[: plan.injury_step + 1]),
+        "loss_before": typical_loss(curve.losses[: plan.injury_step + 1]),
         "loss_worst": max((x for x in curve.losses if not math.isnan(x)), default=math.nan),
-        "loss_final": ending_loss(curve.losses),
+        "loss_final": curve.final_loss,
         "steps": len(curve.losses),
         "milliseconds_a_step": 1e3 * curve.seconds / len(curve.losses),
         "writes": curve.writes,
@@ -184,8 +170,8 @@ def _verdict_on_it_all(outcome: Outcome) -> str:
     took = f"{outcome.seconds:.0f} s"
     if outcome.watched.stopped:
         return f"Argus stopped the run ({took}): {outcome.watched.stopped}"
-    final = f"{_number(ending_loss(outcome.watched.losses))} instead of "
-    final += _number(ending_loss(outcome.alone.losses))
+    final = f"{_number(outcome.watched.final_loss)} instead of "
+    final += _number(outcome.alone.final_loss)
     if not outcome.rescued:
         return f"The run was not saved: {final} ({took})."
     return f"The run was saved: {final} ({took})."

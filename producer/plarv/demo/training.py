@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import time
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from plarv.demo.model import SmallGPT
 from plarv.demo.text import Text
 from plarv.exceptions import ArgusIntervention
 
-__all__ = ["Curve", "Plan", "train"]
+__all__ = ["Curve", "Plan", "train", "typical_loss"]
 
 Attach = Callable[[nn.Module, torch.optim.Optimizer], Argus]
 Watch = Callable[[int, float, float], None]
@@ -55,7 +57,24 @@ class Curve(NamedTuple):
     parameters: int
     seconds: float
     writes: str  # what the network writes afterwards
-    stopped: str  # why it ended early, or ""
+    stopped: str  # why it was stopped, or ""
+
+    @property
+    def final_loss(self) -> float:
+        """The median of the last 20 losses; NaN where one of them is not a number."""
+        return typical_loss(self.losses)
+
+
+def typical_loss(losses: Sequence[float], last: int = 20) -> float:
+    """The median of the last losses; NaN where one of them is not a number, or there is none.
+
+    >>> typical_loss([9.0] * 50 + [2.0] * 20)
+    2.0
+    """
+    ending = losses[-last:]
+    if not ending or any(math.isnan(loss) for loss in ending):
+        return math.nan
+    return statistics.median(ending)
 
 
 def train(plan: Plan, text: Text, watch: Watch, attach: Optional[Attach] = None) -> Curve:
@@ -67,14 +86,16 @@ def train(plan: Plan, text: Text, watch: Watch, attach: Optional[Attach] = None)
     with _one_thread():
         torch.manual_seed(plan.seed)
         model = SmallGPT(len(text.alphabet), context=plan.context, width=plan.width)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
         argus = attach(model, optimizer) if attach is not None else None
         losses: List[float] = []
         rates: List[float] = []
         stopped = ""
         began = time.monotonic()
-        with argus or contextlib.nullcontext():
-            try:
+        try:
+            with argus or contextlib.nullcontext():
                 for loss, rate in _steps(plan, text, model, optimizer):
                     losses.append(loss.item())
                     rates.append(rate)
@@ -84,8 +105,8 @@ def train(plan: Plan, text: Text, watch: Watch, attach: Optional[Attach] = None)
                     late = time.monotonic() - began > plan.time_limit_s
                     if late and len(losses) >= plan.least_steps:
                         break
-            except ArgusIntervention as intervention:
-                stopped = str(intervention)
+        except ArgusIntervention as intervention:
+            stopped = str(intervention)
         seconds = time.monotonic() - began
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return Curve(losses, rates, parameters, seconds, _write(model, text, plan), stopped)
@@ -101,7 +122,9 @@ def _steps(
     chance = torch.Generator().manual_seed(plan.seed)
     used: List[float] = []
     # Called before the hook of Argus, which was attached later, lets go of the rate again.
-    optimizer.register_step_post_hook(lambda *_: used.append(float(optimizer.param_groups[0]["lr"])))
+    optimizer.register_step_post_hook(
+        lambda *_: used.append(float(optimizer.param_groups[0]["lr"]))
+    )
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)

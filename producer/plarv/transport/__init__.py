@@ -34,6 +34,11 @@ class Mailbox:
 class Transport(Protocol):
     """From the journal to an engine and back."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether the background thread is at work."""
+        ...
+
     def start(self) -> None:
         """Starts the background thread."""
         ...

@@ -6,6 +6,8 @@ import json
 import os
 import threading
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -15,6 +17,7 @@ from plarv.transport import Mailbox
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import FOLD_LOCK, Record, StoredFold, fold_rest
 from plarv_schemas.events import Action, Verdict
+from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.locks import FileLock
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE
@@ -28,6 +31,7 @@ _SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nin
 _CHUNK = 32  # events between two looks at the clock
 _SAVE_EVERY = 50_000  # events between two snapshots
 _LOCK_EVERY_S = 1.0
+_READY = 2  # segments that are ready beside the one being written
 
 
 class EmbeddedTransport:
@@ -61,7 +65,7 @@ class EmbeddedTransport:
         self._max_bytes = journal_max_bytes
         self._tell = tell
         self._tend = tend
-        self._config = config
+        self._config = self._resolved(config)
         self._lock = FileLock(folder / FOLD_LOCK)
         self._fold: Optional[StoredFold] = None
         self._follow = _Follower(folder)
@@ -70,9 +74,12 @@ class EmbeddedTransport:
         self._thread = threading.Thread(target=self._run, name="argus-engine", daemon=True)
         self._tried_lock = -float("inf")
         self._saved_at = 0
-        self._removed_bytes = 0
-        self.caught_up = True
-        self.full = ""  # why no further segment can be made
+        self.caught_up = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Starts the thread; where none can be started, the journal alone is kept."""
@@ -85,7 +92,9 @@ class EmbeddedTransport:
         """Folds what it can within ``timeout_s``; the next start or `argus export` folds the rest."""
         self._deadline = time.monotonic() + max(0.0, timeout_s - 0.25)
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread.ident is None:  # none could be started
+            self._finish()
+        else:
             self._thread.join(timeout_s)
 
     def abandon(self) -> None:
@@ -100,7 +109,7 @@ class EmbeddedTransport:
         fold = self._fold
         if fold is not None:
             notes.extend(f"detector {name} failed ({why})" for name, why in fold.engine.faults.items())
-            notes.extend(f"{count} records not written: {why}" for why, count in fold.errors.items())
+            notes.extend(f"{count} x {why}" for why, count in fold.errors.items())
             if fold.skipped:
                 notes.append(f"{fold.skipped} journal records unreadable")
         return "; ".join(notes)
@@ -124,15 +133,13 @@ class EmbeddedTransport:
             else:
                 pause = _PAUSE_OPEN_S if self._mailbox.decision.verdicts else _PAUSE_S
             self._stop.wait(pause)
-        try:
-            self._finish()
-        except Exception as error:
-            self._faults.count("embedded engine at exit", error)
+        self._finish()
 
     def _turn(self, until: float) -> bool:
         """Folds until there is nothing more, or until ``until``; whether there is more."""
         if self._fold is None and not self._lead():
             self._deliver(*self._follow.look())
+            self.caught_up = True
             return False
         fold = self._fold
         assert fold is not None
@@ -203,21 +210,29 @@ class EmbeddedTransport:
             self._writer.hold(True)
 
     def _keep_journal(self) -> None:
-        """Keeps the next segments ready, within the bound."""
+        """Keeps the next segments ready, within the bound of the run's folder."""
         writer = self._writer
-        fold = self._fold
-        if writer.prepared_bytes - self._removed_bytes >= self._max_bytes and fold is not None:
-            self._removed_bytes += fold.trim()
-        if writer.prepared_bytes - self._removed_bytes >= self._max_bytes:
-            self.full = "the journal is at its bound (ARGUS_JOURNAL_MAX_MB)"
-            return
-        try:
-            writer.prepare()
-            self.full = ""
-        except OSError as error:  # tried again next time: room may be made before it is needed
-            self.full = f"no room for the journal: {error.strerror}"
+        while writer.ready < _READY:
+            over = _journal_bytes(self._folder) + writer.segment_bytes - self._max_bytes
+            if over > 0 and self._fold is not None:
+                over -= self._fold.trim()
+            if over > 0:
+                writer.full = "the journal is at its bound, ARGUS_JOURNAL_MAX_MB"
+                return
+            try:
+                writer.prepare(writer.ready + 1)
+            except OSError as error:  # tried again next time: room may be made before it is needed
+                writer.full = f"no room for the journal: {error.strerror}"
+                return
+        writer.full = ""
 
     def _finish(self) -> None:
+        try:
+            self._fold_what_is_left()
+        except Exception as error:
+            self._faults.count("embedded engine at exit", error)
+
+    def _fold_what_is_left(self) -> None:
         if self._fold is not None or self._may_lead:
             self._tried_lock = -float("inf")
             while self._turn(min(self._deadline, time.monotonic() + 0.1)) or self._others_run():
@@ -231,6 +246,16 @@ class EmbeddedTransport:
         else:
             self._deliver(*self._follow.look())
 
+    def _resolved(self, config: Optional[EngineConfig]) -> EngineConfig:
+        """The configuration with its detectors imported: not on the thread, beside which a DataLoader
+        may fork at any time. One that cannot be had is counted."""
+        config = config or EngineConfig()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classes = config.classes()
+        for warning in caught:
+            self._faults.count(str(warning.message))
+        return replace(config, detectors=classes, extra=(), without=())
 
     def _others_run(self) -> bool:
         """Whether another rank of this node is still at work; waits a moment where one is."""
@@ -295,7 +320,7 @@ class _Follower:
                     return []
                 file.seek(self._offsets[name])
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:
             return []
         whole = data.rfind(b"\n") + 1
         self._offsets[name] += whole
@@ -313,3 +338,15 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _journal_bytes(folder: Path) -> int:
+    """What all journals in the folder take on disk."""
+    total = 0
+    for files in segments_of(folder).values():
+        for file in files:
+            try:
+                total += file.path.stat().st_size
+            except OSError:  # removed meanwhile
+                continue
+    return total

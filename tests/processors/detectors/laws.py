@@ -23,9 +23,7 @@ FLOATS = (
     "loss", "grad_norm", "current_lr", "update_norm", "val_loss", "perplexity", "grad_l1_norm",
     "grad_l2_norm", "forward_ms", "backward_ms", "step_time_ms", "loss_scale", "epoch",
 )  # fmt: skip
-SAMPLES = (
-    "sample_losses", "sample_confidences", "sample_margins", "sample_entropies",
-)  # fmt: skip
+SAMPLES = ("sample_losses", "sample_confidences", "sample_margins", "sample_entropies")
 LISTS = (*SAMPLES, "sample_ids", "sample_correct", "local_levels", "local_scores", "local_layers")
 LOSSES = ("loss", "val_loss", "sample_losses")
 STATE_BYTES = 24 * 1024  # of all twelve, so of any one
@@ -95,9 +93,6 @@ def _all_resident(values: Iterable[object], known: Set[int]) -> int:
     return total
 
 
-# The laws.
-
-
 def says_what_it_is(cls: Type[Detector]) -> None:
     """Its name, scope and version are there, and verdicts carry them."""
     detector = cls()
@@ -123,8 +118,7 @@ def check_states(found: Sequence[Verdict], where: str = "") -> None:
         text = f"{where}: {one}"
         before = open_kinds.pop(one.rank, None)
         assert one.level in LEVELS, text
-        assert one.message.strip(), text
-        assert "\n" not in one.message, text
+        assert one.message.strip() and "\n" not in one.message, text  # noqa: PT018
         assert all(type(number) is float for number in one.evidence.values()), text
         assert (type(one.score), type(one.threshold)) == (float, float), text
         assert one.state in ("opened", "escalated", "resolved"), text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 import pytest
 
 from plarv_processors.detectors.generalization_gap import GeneralizationGap
+from plarv_processors.windows import kendall_s, kendall_thresholds
 from plarv_schemas.events import StepEvent, Verdict
 
 PUBLIC_RUNS = Path(__file__).parents[4] / "shared" / "data" / "public-runs"
@@ -181,3 +183,12 @@ def of_row(row: Dict[str, str]) -> StepEvent:
 def test_a_config_of_nonsense_is_rejected(wrong: Dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         GeneralizationGap.Config(**wrong)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05])
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_the_thresholds_of_kendall_are_those_of_all_permutations(count: int, p: float) -> None:
+    orders = [kendall_s(order) for order in itertools.permutations(range(count))]
+    threshold = kendall_thresholds(count, p)[count]
+    assert sum(s >= threshold for s in orders) < p * len(orders)
+    assert sum(s >= threshold - 2 for s in orders) >= p * len(orders)

@@ -80,7 +80,7 @@ def test_a_loader_that_is_stuck_warns_at_the_third_time_and_is_critical_at_the_t
     ]
     assert found[0].onset_step == 30
     assert found[0].evidence["in_row"] == 3.0
-    assert found[0].message == "the run got the same batch 3 times in a row, after 30 others"
+    assert found[0].message == "the run got the same batch 3 times in a row, after 29 others"
 
 
 def test_it_resolves_when_the_loader_moves_on() -> None:
