@@ -49,11 +49,12 @@ class Row(NamedTuple):
 class Floor:
     """The least that a step can cost which leaves its numbers where another thread finds them.
 
-    One clock read, one ``struct.pack_into`` into a mapped file and one ``deque.append``. The loop
-    that measures it writes these three out in place: a call would be dearer than they are.
+    One clock read, one ``struct.pack_into`` into a mapped file (of as many bytes as a step takes in the
+    journal) and one ``deque.append``. The loop that measures it writes these three out in place: a
+    call would be dearer than they are.
     """
 
-    record_bytes = 32
+    record_bytes = 56  # head, clock, step, loss, grad_norm, learning rate, record number
 
     def __init__(self) -> None:
         with tempfile.TemporaryFile() as file:
@@ -61,13 +62,14 @@ class Floor:
             self.buffer = mmap.mmap(file.fileno(), _FLOOR_BYTES)  # holds the file open by itself
         for at in range(0, _FLOOR_BYTES, _PAGE):
             self.buffer[at] = 0
-        self.pack = struct.Struct("<qqdd").pack_into
+        self.pack = struct.Struct("<qqqdddq").pack_into
         self.queue: Deque[int] = deque(maxlen=4096)
         self.clock = time.monotonic_ns
 
     def next(self, at: int) -> int:
         """The place behind the record at ``at``."""
-        return (at + self.record_bytes) % _FLOOR_BYTES
+        at += self.record_bytes
+        return at if at + self.record_bytes <= _FLOOR_BYTES else 0
 
 
 class Progress:

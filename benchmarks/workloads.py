@@ -79,7 +79,7 @@ class PausedSteps:
                 else:
                     begin = timer()
                     now = clock()
-                    pack(buffer, at, now, number, loss, norm)
+                    pack(buffer, at, 1, now, number, loss, norm, 3e-4, number)
                     append(now)
                     end = timer()
                     floor_us.append((end - begin) * 1e-3)

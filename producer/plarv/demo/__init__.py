@@ -86,7 +86,7 @@ def _make_room(picture: Path) -> None:
         raise Complaint(f"--output {picture}: {error.strerror}") from error
 
 
-def _plan(options: argparse.Namespace) -> "Plan":
+def _plan(options: argparse.Namespace) -> Plan:
     from plarv.demo.training import Plan
 
     plan = Plan()
@@ -99,7 +99,7 @@ def _plan(options: argparse.Namespace) -> "Plan":
     return plan
 
 
-def _play(plan: "Plan", picture: Path, began: float, *, quiet: bool) -> "Outcome":
+def _play(plan: Plan, picture: Path, began: float, *, quiet: bool) -> Outcome:
     """Both runs, the picture, the replay."""
     from plarv import Argus
     from plarv.demo.picture import draw
@@ -114,7 +114,7 @@ def _play(plan: "Plan", picture: Path, began: float, *, quiet: bool) -> "Outcome
         _introduce(plan, len(text.characters))
     watching: List[Argus] = []
 
-    def attach(model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> Argus:
+    def attach(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Argus:
         run_id = f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         argus = Argus(
             run_id=run_id,
@@ -142,7 +142,7 @@ def _play(plan: "Plan", picture: Path, began: float, *, quiet: bool) -> "Outcome
     return Outcome(plan, alone, watched, check, picture, run_dir, time.monotonic() - began)
 
 
-def _introduce(plan: "Plan", characters: int) -> None:
+def _introduce(plan: Plan, characters: int) -> None:
     sys.stdout.write(
         f"A small GPT learns to write from Python's own manual ({characters:,} characters).\n"
         f"At step {plan.injury_step} of {plan.steps} its learning rate becomes "

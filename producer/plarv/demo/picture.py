@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -22,6 +21,7 @@ _LEVEL = {"warn": "#f59e0b", "critical": "#b91c1c"}
 _REACH = 6  # steps on either side that a smoothed loss covers
 
 Record = Mapping[str, Any]
+Axes = Any  # matplotlib's own types leave its keyword arguments open
 
 
 def draw(
@@ -35,7 +35,7 @@ def draw(
     """Writes the PNG; its folder is made."""
     spans = _open_spans(verdicts, len(watched.losses) - 1)
     rows = max(1, len(spans))
-    figure = Figure(figsize=(11, 7.2 + 0.16 * rows), dpi=130, layout="constrained")
+    figure: Any = Figure(figsize=(11, 7.2 + 0.16 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 1, height_ratios=[4.6, 0.3 + 0.26 * rows, 1.3])
     top: Axes = figure.add_subplot(grid[0])
@@ -91,7 +91,7 @@ def _draw_losses(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
         color="#111827",
     )
     axes.annotate(
-        f"injury at step {plan.injury_step}:\nlearning rate × {plan.injury_factor:g}",
+        f"injury at step {plan.injury_step}:\nlearning rate times {plan.injury_factor:g}",
         (plan.injury_step, 0.5),
         xycoords=("data", "axes fraction"),
         xytext=(-8, 0),

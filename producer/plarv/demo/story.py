@@ -115,7 +115,7 @@ def tell(outcome: Outcome, *, colour: bool) -> Iterator[str]:
     yield paint(_verdict_on_it_all(outcome), "bold")
 
 
-def _compare(outcome: Outcome, paint: "_Paint") -> Iterator[str]:
+def _compare(outcome: Outcome, paint: _Paint) -> Iterator[str]:
     plan = outcome.plan
     one, other = _summary(plan, outcome.alone), _summary(plan, outcome.watched)
     yield paint(f"{'loss':<31}{'alone':>12}{'under Argus':>16}", "bold")
@@ -137,7 +137,7 @@ def _compare(outcome: Outcome, paint: "_Paint") -> Iterator[str]:
     yield f"  under Argus it writes  {outcome.watched.writes}"
 
 
-def _timeline(outcome: Outcome, paint: "_Paint") -> Iterator[str]:
+def _timeline(outcome: Outcome, paint: _Paint) -> Iterator[str]:
     plan = outcome.plan
     injured = plan.learning_rate * plan.injury_factor
     entries: List[Tuple[int, int, str, str, str]] = [

@@ -8,7 +8,7 @@ from typing import Dict, NamedTuple
 
 __all__ = ["Text", "read_text"]
 
-_TYPEWRITER = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
+_TYPEWRITER = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")  # quotes, dashes
 
 
 class Text(NamedTuple):
@@ -19,7 +19,7 @@ class Text(NamedTuple):
 
 
 def read_text() -> Text:
-    """Some 400,000 characters, tables left out. They differ a little from one version of Python to the next.
+    """Some 400,000 characters, tables left out; a little else in each version of Python.
 
     >>> text = read_text()
     >>> "The assignment statement" in text.characters or len(text.characters) > 100_000

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def train(plan: Plan, text: Text, watch: Watch, attach: Optional[Attach] = None)
     do not depend on how many there are.
     """
     with _one_thread():
-        torch.manual_seed(plan.seed)
+        torch.default_generator.manual_seed(plan.seed)
         model = SmallGPT(len(text.alphabet), context=plan.context, width=plan.width)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
@@ -121,10 +121,12 @@ def _steps(
     window = torch.arange(plan.context + 1)
     chance = torch.Generator().manual_seed(plan.seed)
     used: List[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        used.append(float(optimizer.param_groups[0]["lr"]))
+
     # Called before the hook of Argus, which was attached later, lets go of the rate again.
-    optimizer.register_step_post_hook(
-        lambda *_: used.append(float(optimizer.param_groups[0]["lr"]))
-    )
+    optimizer.register_step_post_hook(note)
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
@@ -154,7 +156,7 @@ def _write(model: SmallGPT, text: Text, plan: Plan, length: int = 64) -> str:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None, None, None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
