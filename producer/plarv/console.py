@@ -26,7 +26,8 @@ class Console:
         if self.silent:
             return
         try:
-            sys.stderr.write(f"[argus] {text}\n")
+            over = "\r\x1b[K" if _at_terminal() else ""  # a progress bar's line: it is drawn again
+            sys.stderr.write(f"{over}[argus] {text}\n")
             sys.stderr.flush()
         except UnicodeError:
             pass  # that line alone
@@ -52,8 +53,12 @@ class Console:
             self.say(f"step {record.step} action {record.kind}: {record.reason}{dry}")
 
     def _paint(self, word: str, level: str) -> str:
-        try:
-            plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-        except Exception:  # noqa: BLE001 - the same
-            plain = True
+        plain = "NO_COLOR" in os.environ or not _at_terminal()
         return word if plain else f"\x1b[{_COLOUR[level]}m{word}\x1b[0m"
+
+
+def _at_terminal() -> bool:
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except Exception:  # noqa: BLE001 - stderr may be anybody's object
+        return False

@@ -17,7 +17,7 @@ def lines_of(name: str) -> List[str]:
     from tests.processors.logs import log_of
 
     engine = Engine()
-    found = [record.to_dict() for event in log_of(name, 1200) for record in engine.fold(event)]
+    found = [record.to_dict() for event in log_of(name) for record in engine.fold(event)]
     return [json.dumps(_rounded(record), separators=(", ", ": ")) for record in found]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, List, Optional
 
 from plarv_schemas.events import ControlEvent, Event, StepEvent
 from tests.processors.streams import FAULTY, HEALTHY
@@ -12,10 +12,11 @@ __all__ = ["log_of", "names"]
 names = [*HEALTHY, *FAULTY]
 
 
-def log_of(name: str, steps: int = 700, mode: str = "AUTO") -> List[Event]:
-    """The log of the stream ``name``: a session for each rank, begun and ended by control events."""
+def log_of(name: str, steps: Optional[int] = None, mode: str = "AUTO") -> List[Event]:
+    """The log of the stream ``name`` (of its own length, if none is given): a session for each rank,
+    begun and ended by control events."""
     make: Any = HEALTHY.get(name) or FAULTY[name][1]
-    events: List[StepEvent] = make(steps=steps)
+    events: List[StepEvent] = make() if steps is None else make(steps=steps)
     ranks = max([len(event.parts) for event in events] + [1])
     log: List[Event] = []
     records = [0] * ranks
@@ -30,7 +31,7 @@ def log_of(name: str, steps: int = 700, mode: str = "AUTO") -> List[Event]:
     for number, event in enumerate(events):
         for part in event.parts or (event,):
             add(part.rank, part._replace(world_size=ranks))
-        if number == steps // 2:
+        if number == len(events) // 2:
             add(0, ControlEvent("run", "", 0, None, "order", data={"order": "resume"}))
     for rank in range(ranks):
         add(

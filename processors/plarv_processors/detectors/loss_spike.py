@@ -21,7 +21,8 @@ class LossSpike:
     least ``jump_ratio`` opens *transient* (warn): in 10 of 15 public GPT runs such one-step jumps
     were the batch's, at the same step in each run. When ``confirm_high`` of the next
     ``confirm_window`` losses stay high it escalates to *confirmed* (critical). The window takes no
-    loss while the verdict is open, so that the spike never becomes its own baseline.
+    loss while the verdict is open, so that the spike never becomes its own baseline; only jumps that come
+    again within ``recur_within`` losses are let in.
 
     A loss that is not positive (a policy-gradient surrogate) has no ratio; there a jump must also
     leave the range of the window by its whole width.
@@ -56,6 +57,7 @@ class LossSpike:
             3  # of these that must stay high: +3 points of delay, 21 -> 4 false alarms
         )
         calm_window: int = 10  # losses in a row that are not high, to resolve a confirmed spike
+        recur_within: int = 12  # losses: a jump so soon after another belongs to the run's own noise
         adopt_after: int = 300  # losses after which a level that stays is the new normal
         log_floor: float = 0.01  # smallest scale of log(loss), 1%
         raw_floor: float = 0.05  # smallest scale of a raw loss, as a share of the window's range
@@ -67,14 +69,14 @@ class LossSpike:
                 raise ValueError("confirm_high must be between 1 and confirm_window")
             if not (self.jump_z >= self.high_z > 0 and self.jump_ratio >= self.high_ratio > 1):
                 raise ValueError("a jump must ask for more than staying high: jump_* >= high_* > 0")
-            if self.calm_window < 1 or self.adopt_after < 1:
-                raise ValueError("calm_window and adopt_after must be at least 1")
+            if self.calm_window < 1 or self.adopt_after < 1 or self.recur_within < 0:
+                raise ValueError("calm_window and adopt_after must be at least 1, recur_within 0")
             if not (self.log_floor > 0.0 and self.raw_floor > 0.0):
                 raise ValueError("log_floor and raw_floor must be positive")
 
     __slots__ = (
         "config", "version", "_past", "_log", "_kind", "_onset", "_jump_z", "_watched", "_high",
-        "_calm",
+        "_calm", "_ended_at",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None) -> None:
@@ -88,6 +90,7 @@ class LossSpike:
         self._watched = 0  # losses since the onset
         self._high = 0  # of these, still high
         self._calm = 0  # in a row, not high
+        self._ended_at = -self.config.recur_within - 1  # count of the window, at the last end
 
     def update(self, event: StepEvent) -> Tuple[Verdict, ...]:
         """The verdicts of this event; see the class."""
@@ -115,7 +118,10 @@ class LossSpike:
             self._kind, self._onset = "transient", event.step
             self._jump_z = rise / self._scale()
             self._watched = self._high = self._calm = 0
-            return (self._verdict(event, loss, "warn", "opened"),)
+            opened = self._verdict(event, loss, "warn", "opened")
+            if past.count - self._ended_at <= config.recur_within:
+                past.push(x)  # an oscillation is another detector's: let the scale learn it
+            return (opened,)
         return self._follow(event, loss, rise)
 
     def _follow(self, event: StepEvent, loss: float, rise: float) -> Tuple[Verdict, ...]:
@@ -139,6 +145,7 @@ class LossSpike:
             return ()
         resolved = self._verdict(event, loss, "ok", "resolved")
         self._kind = None
+        self._ended_at = self._past.count
         return (resolved,)
 
     def _jumped(self, rise: float, x: float) -> bool:
@@ -160,7 +167,6 @@ class LossSpike:
         """The first loss that is not positive: logarithms end here, and the past starts anew."""
         self._log = False
         self._past.clear()
-        self._kind = None
 
     def _verdict(self, event: StepEvent, loss: float, level: Level, state: VerdictState) -> Verdict:
         median = math.exp(self._past.median) if self._log else self._past.median

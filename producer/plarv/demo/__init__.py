@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from plarv import Argus
     from plarv.demo.story import Outcome
-    from plarv.demo.training import Plan
+    from plarv.demo.training import Curve, Plan
 
 __all__ = ["add_options", "main", "run"]
 
@@ -127,7 +127,7 @@ def _play(plan: Plan, picture: Path, began: float, *, quiet: bool) -> Outcome:
         watching.append(argus)
         return argus
 
-    curves = []
+    curves: List[Curve] = []
     for label, attaching in (("alone", None), ("under Argus", attach)):
         bar = ProgressBar(sys.stderr, label, plan.steps, plan.learning_rate)
         curve = train(plan, text, bar.step, attaching)
@@ -147,6 +147,6 @@ def _introduce(plan: Plan, characters: int) -> None:
         f"A small GPT learns to write from Python's own manual ({characters:,} characters).\n"
         f"At step {plan.injury_step} of {plan.steps} its learning rate becomes "
         f"{plan.injury_factor:g} times too high, and stays so.\n"
-        f"The same run twice, from the same seed: alone, then under Argus.\n\n"
+        f"The same run twice, from the same seed: alone, then under Argus.\n"
     )
     sys.stdout.flush()

@@ -79,7 +79,7 @@ def _draw_losses(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
         highest = max([highest, *(loss for loss in smoothed if math.isfinite(loss))])
     axes.set_yscale("log")
     axes.set_ylim(top=3.0 * highest)  # the raw curve's peaks may leave it
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_major_label))
     axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
     axes.set_ylabel("loss (nats a character)", color=_INK)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -101,6 +101,10 @@ def _draw_losses(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
         fontsize=10,
         color=_INK,
     )
+
+
+def _major_label(value: float, _: object) -> str:
+    return f"{value:,g}"
 
 
 def _minor_label(value: float, _: object) -> str:

@@ -16,8 +16,7 @@ _LINE_S = 10.0
 class ProgressBar:
     """How far a run is, its loss and its learning rate. O(1) a step; draws ten times a second.
 
-    The cursor is left at the start of the bar's line, so that whatever else writes a line to the
-    terminal overwrites the bar, and the bar reappears below it.
+    A line of Argus wipes the bar's line; the bar reappears below it.
     """
 
     def __init__(self, stream: TextIO, label: str, steps: int, ordinary_rate: float) -> None:
@@ -53,7 +52,7 @@ class ProgressBar:
         if injured:
             lr = f"\x1b[31m{lr}\x1b[0m" if self._colour else f"{lr} (!)"
         line = f"{self._label:<12} {bar} {done:4d}/{self._steps}  loss {loss:<8.4g} {lr}"
-        self._put(f"\r\x1b[K{line}\r" if self._live else line + "\n")
+        self._put(f"\r\x1b[K{line}" if self._live else line + "\n")
 
     def _put(self, text: str) -> None:
         try:

@@ -132,6 +132,9 @@ def _compare(outcome: Outcome, paint: _Paint) -> Iterator[str]:
         f"{outcome.same_until} losses of both runs are the same, bit for bit",
         "dim",
     )
+    fewest = min(len(outcome.alone.losses), len(outcome.watched.losses))
+    if fewest < plan.steps and not outcome.watched.stopped:
+        yield f"  {fewest} steps instead of {plan.steps}: this machine needs its time"
     yield ""
     yield f"  alone it writes        {outcome.alone.writes}"
     yield f"  under Argus it writes  {outcome.watched.writes}"

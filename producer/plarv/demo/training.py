@@ -134,7 +134,7 @@ def _steps(
         batch = tokens[starts + window]
         logits: Tensor = model(batch[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss)  # loss.backward(), which torch leaves untyped
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
