@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.golden.record import FOLDER, lines_of
 from tests.processors.logs import names
 from tests.processors.streams import FAULTY, HEALTHY

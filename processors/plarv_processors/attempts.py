@@ -17,10 +17,10 @@ _RECORD, _ATTEMPT, _STEP, _RANK, _FIRST = range(5)
 class Attempts:
     """Finds duplicates by (session, record), and the attempt of every event.
 
-    The next attempt is opened by a new session of a rank that had one in this attempt, by a session of
-    another restart of the launcher, by a ``recovered`` event, and by a step that goes back. The other
-    ranks join it when the same happens to them. What an earlier attempt still sends is accepted but
-    stale: it has a place in the log and no say in what follows.
+    The next attempt is opened by a new session of a rank that had one in this attempt, by a session
+    of another restart of the launcher, by a ``recovered`` event, and by a step that goes back. The
+    other ranks join it when the same happens to them. What an earlier attempt still sends is
+    accepted but stale: it has a place in the log and no say in what follows.
 
     Cost: O(1) an event; some 100 bytes a session.
     """
@@ -61,7 +61,9 @@ class Attempts:
         return tuple((name, first) for _, name, first in sorted(ranks))
 
     def of(self, session: str) -> int:
-        """The attempt that the session's last event belongs to; 0: a session not seen, or forgotten."""
+        """The attempt that the session's last event belongs to; 0: a session not seen, or
+        forgotten.
+        """
         known = self._sessions.get(session)
         return 0 if known is None else known[_ATTEMPT]
 

@@ -19,8 +19,8 @@ _STEP, _RANK, _WORLD, _LOSS, _VAL = (
 _MEANS = tuple(
     _F[name]
     for name in (
-        "loss", "grad_norm", "update_norm", "val_loss", "perplexity", "grad_l1_norm", "grad_l2_norm",
-        "forward_ms", "backward_ms",
+        "loss", "grad_norm", "update_norm", "val_loss", "perplexity", "grad_l1_norm",
+        "grad_l2_norm", "forward_ms", "backward_ms",
     )
 )  # fmt: skip
 _FIRSTS = tuple(_F[name] for name in ("time_ns", "epoch", "current_lr", "loss_scale"))
@@ -34,11 +34,11 @@ _MAX_LAYERS = 8
 class CompleteSteps:
     """One event a complete step of all ranks, with the ranks' own events in ``parts``.
 
-    A step is complete when ``world_size`` ranks have reported it, or one rank is 8 steps ahead of it.
-    Steps come out in order; a report for a step that is out already is left to the detectors that see
-    single ranks. The joined event holds means over the ranks that reported (non-finite where one of
-    them is), the slowest rank's step time, the worst local report, and no per-sample signals.
-    A run of one rank passes through untouched.
+    A step is complete when ``world_size`` ranks have reported it, or one rank is 8 steps ahead of
+    it. Steps come out in order; a report for a step that is out already is left to the detectors
+    that see single ranks. The joined event holds means over the ranks that reported (non-finite
+    where one of them is), the slowest rank's step time, the worst local report, and no per-sample
+    signals. A run of one rank passes through untouched.
 
     Memory: 8 steps x ranks x some 300 bytes at most, and nothing where all ranks keep step.
     """

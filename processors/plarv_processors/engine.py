@@ -37,10 +37,11 @@ class EngineConfig:
 
 
 class Engine:
-    """Folds the log of one run: the same events in the same order give the same records, bit for bit.
+    """Folds the log of one run: the same events in the same order give the same records, bit for
+    bit.
 
-    It reads no clock and does no I/O. A detector that raises is off for this run from that ordinal on
-    (``faults`` says which and why); every other one goes on.
+    It reads no clock and does no I/O. A detector that raises is off for this run from that ordinal
+    on (``faults`` says which and why); every other one goes on.
 
     >>> from plarv_processors.detectors.loss_spike import LossSpike
     >>> engine = Engine(EngineConfig(detectors=(LossSpike,)))
@@ -74,7 +75,9 @@ class Engine:
 
     @property
     def fingerprint(self) -> str:
-        """Of the snapshot's version and every detector's configuration: only equal ones share state."""
+        """Of the snapshot's version and every detector's configuration: only equal ones share
+        state.
+        """
         versions = [detector.version for detector in self.detectors]
         return "|".join([str(SNAPSHOT_VERSION), repr(self.config.policy), *versions])
 
@@ -157,7 +160,9 @@ class Engine:
         return self.policy.control(event, self)
 
     def _fold_rank(self, event: StepEvent) -> List[Verdict]:
-        """One rank's event of a job of several: by rank at once, by step once the step is complete."""
+        """One rank's event of a job of several: by rank at once, by step once the step is
+        complete.
+        """
         found: List[Tuple[int, Verdict]] = []
         for number, update in self._by_rank:
             found.extend((number, verdict) for verdict in self._run([update], event))
@@ -182,7 +187,9 @@ class Engine:
                 self._leave_out(update, error)
 
     def _leave_out(self, update: Optional[_Update], error: Exception) -> None:
-        """The detector that raised is off from here on: part of the fold, so a replay does the same."""
+        """The detector that raised is off from here on: part of the fold, so a replay does the
+        same.
+        """
         detector = next((d for d in self.detectors if d.update == update), None)
         name = detector.name if detector is not None else repr(update)
         self._off[name] = self.ordinal

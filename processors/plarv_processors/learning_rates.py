@@ -1,4 +1,6 @@
-"""The learning rates of the last steps: whether one that rose is the cause, and what to lower it to."""
+"""The learning rates of the last steps: whether one that rose is the cause, and what to lower it
+to.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class LearningRates:
 
     def lowered(self, factor: float, jump: float, lookback: int) -> Tuple[Dict[str, Any], str]:
         """The parameters of a SET_LR, and why it is that rate: back to what it was where it had
-        jumped, else ``factor`` of what it is."""
+        jumped, else ``factor`` of what it is.
+        """
         now, before = self.now(), self.before(lookback)
         if now is None or not now > 0.0:
             return {"factor": factor}, f"lower the learning rate to {factor:g} of what it is"

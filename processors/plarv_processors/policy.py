@@ -32,12 +32,13 @@ class Place(Protocol):
 class Policy:
     """Decides what to do about a run's verdicts.
 
-    A verdict that opens or escalates asks for what :data:`~plarv_processors.responses.RESPONSES` says; each cause (detector, rank,
-    onset) is answered once at each rung of the ladder, and rungs above CHECKPOINT keep
-    ``cooldown_steps`` between each other. SET_LR goes back to the learning rate before the onset where
-    it had risen since, else to ``lr_factor`` of what it is. A critical cause that is still open ``patience_steps`` after the
-    learning rate was lowered asks for PAUSE. A loss spike alone lowers nothing: it takes a second
-    critical verdict, or a learning rate that had risen.
+    A verdict that opens or escalates asks for what :data:`~plarv_processors.responses.RESPONSES`
+    says; each cause (detector, rank, onset) is answered once at each rung of the ladder, and rungs
+    above CHECKPOINT keep ``cooldown_steps`` between each other. SET_LR goes back to the learning
+    rate before the onset where it had risen since, else to ``lr_factor`` of what it is. A critical
+    cause that is still open ``patience_steps`` after the learning rate was lowered asks for PAUSE.
+    A loss spike alone lowers nothing: it takes a second critical verdict, or a learning rate that
+    had risen.
 
     ``harm_pressure`` is 0 to 3: the worst open verdict's harm and a quarter of each other one's. It
     rises at once and falls by ``release`` a step, so that what comes and goes stays visible.
@@ -47,7 +48,9 @@ class Policy:
 
     @dataclass(frozen=True)
     class Config:
-        """Defaults lean to too little: an action in vain costs more trust than one late by a rung."""
+        """Defaults lean to too little: an action in vain costs more trust than one late by a
+        rung.
+        """
 
         cooldown_steps: int = 50  # steps between two actions above CHECKPOINT
         patience_steps: int = 200  # steps that a lowered learning rate is given to work
@@ -70,7 +73,8 @@ class Policy:
 
     __slots__ = (
         "config", "mode", "harm_pressure", "accept_operator", "_open", "_answered", "_rates",
-        "_last_grave", "_lowered_at", "_lowerings", "_warned", "_paused", "_step_time", "_world_size",
+        "_last_grave", "_lowered_at", "_lowerings", "_warned", "_paused", "_step_time",
+        "_world_size",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None, mode: str = "MANUAL") -> None:
@@ -281,7 +285,9 @@ class Policy:
         return parameters, why
 
     def _supported(self) -> bool:
-        """Whether a jump of the loss has a second signal: another critical verdict, or the lr's own."""
+        """Whether a jump of the loss has a second signal: another critical verdict, or the lr's
+        own.
+        """
         if self._rates.jumped(self.config.lr_jump, self.config.lr_lookback):
             return True
         return len([found for found in self.open_verdicts() if found.level == "critical"]) > 1

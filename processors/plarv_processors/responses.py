@@ -35,8 +35,8 @@ RESPONSES: Mapping[Tuple[str, str], Tuple[ActionKind, float]] = {
 }
 """(detector, kind) of a critical verdict -> (action, harm from 0 to 3).
 
-Only confirmed or exact evidence is listed above CHECKPOINT. What is not listed asks for WARN (warn) or
-CHECKPOINT (critical), so a detector of the user's own can never stop a run."""
+Only confirmed or exact evidence is listed above CHECKPOINT. What is not listed asks for WARN (warn)
+or CHECKPOINT (critical), so a detector of the user's own can never stop a run."""
 
 _HARM = {"warn": 0.5, "critical": 1.0}
 

@@ -32,7 +32,9 @@ def _state_names(obj: object) -> List[str]:
 
 
 def dump(obj: Any) -> Any:
-    """The state of ``obj`` as plain data: None, numbers, strings, bytes, tuples, lists, dicts, arrays."""
+    """The state of ``obj`` as plain data: None, numbers, strings, bytes, tuples, lists, dicts,
+    arrays.
+    """
     if isinstance(obj, _PLAIN):
         return obj
     kind: Type[object] = obj.__class__
@@ -54,8 +56,8 @@ def restore(obj: object, state: Any) -> None:
     ValueError when the state is of another shape.
     """
     names = _state_names(obj)
-    values: Tuple[Any, ...] = tuple(state) if isinstance(state, tuple) else ()  # pyright: ignore
-    if len(values) != len(names):
+    values: Tuple[Any, ...] = state
+    if state.__class__ is not tuple or len(values) != len(names):
         raise ValueError(f"the state is not one of {type(obj).__name__}")
     for name, value in zip(names, values):
         current: object = getattr(obj, name)

@@ -1,8 +1,8 @@
 """The fold of a run's folder: its log in, ``verdicts.jsonl`` and ``actions.jsonl`` out.
 
-The embedded engine, ``argus resume`` and whoever finds a run whose process died use this one. What is
-written is derived from the log, so losing it loses nothing: the log is folded again and records that
-are there already are not written twice.
+The embedded engine, ``argus resume`` and whoever finds a run whose process died use this one. What
+is written is derived from the log, so losing it loses nothing: the log is folded again and records
+that are there already are not written twice.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ class StoredFold:
         return new
 
     def _append(self, name: str, lines: bytes) -> int:
-        """Appends to a file, unbuffered: a forked child must not have a part of it to write again."""
+        """Appends to a file, unbuffered: a forked child must not have a part of it to write
+        again.
+        """
         path = self.folder / name
         with open(path, "ab", buffering=0) as file:
             if name not in self._begun and _ends_torn(path):
@@ -216,7 +218,9 @@ def _ends_torn(path: Path) -> bool:
 
 
 def fold_rest(folder: Path, config: Optional[EngineConfig] = None) -> bool:
-    """Folds all that a run's folder still holds; False: a living engine has its lock and does it."""
+    """Folds all that a run's folder still holds; False: a living engine has its lock and does
+    it.
+    """
     lock = FileLock(folder / FOLD_LOCK)
     if not lock.acquire():
         return False

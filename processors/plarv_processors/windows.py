@@ -30,8 +30,8 @@ class RobustWindow:
     """Median and scale (1.4826 x MAD) of the last ``size`` numbers.
 
     Both are refreshed every ``refresh`` numbers, counted from the first one, so that a number costs
-    well under a microsecond on average; between two refreshes they are that much old. Until ``size``
-    numbers were seen they are refreshed at every power of two as well.
+    well under a microsecond on average; between two refreshes they are that much old. Until
+    ``size`` numbers were seen they are refreshed at every power of two as well.
 
     Memory: 8 bytes x size. Time: O(1) a number, O(size log size) a refresh.
 
@@ -86,7 +86,8 @@ class RobustWindow:
         self.high = ordered[-1]
         centre = median(ordered)
         self.median = centre
-        # Of sorted values the distances fall, then rise: two runs, which sorted() merges in one pass.
+        # Of sorted values the distances fall, then rise: two runs, which sorted() merges in one
+        # pass.
         self.scale = 1.4826 * median(sorted([abs(value - centre) for value in ordered]))
 
     def clear(self) -> None:

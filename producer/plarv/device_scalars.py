@@ -175,7 +175,7 @@ class ScalarReader:
         if getattr(value, "size", getattr(value, "numel", None)) == 1:
             if kind.__module__.partition(".")[0] == "numpy":
                 item: Any = value
-                return float(item.item())
+                return self._number(item.item(), index, on_device)
             if hasattr(value, "__float__"):  # an array of jax or the like: reading it may wait
                 on_device.setdefault(None, []).append((index, value))
                 return None

@@ -1,8 +1,8 @@
 """The four things that travel: steps and control events in, verdicts and actions out.
 
-They are named tuples: immutable, compared as whole records, and cheap enough for the fold's hot path
-(a frozen dataclass costs twice as much to make). Every column that can be absent is ``None`` then;
-non-finite floats are values like any other.
+They are named tuples: immutable, compared as whole records, and cheap enough for the fold's hot
+path (a frozen dataclass costs twice as much to make). Every column that can be absent is ``None``
+then; non-finite floats are values like any other.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ LOCAL_CHECKS: Tuple[str, ...] = (
 
 
 class StepEvent(NamedTuple):
-    """One optimizer step of one rank. (session, record) is the key by which a duplicate is known."""
+    """One optimizer step of one rank. (session, record) is the key by which a duplicate is
+    known.
+    """
 
     run_id: str
     session: str  # one process start of one rank
@@ -135,8 +137,9 @@ class StepEvent(NamedTuple):
     local_levels: Optional[Tuple[int, ...]] = None  # index into LEVELS
     local_scores: Optional[Tuple[float, ...]] = None
     local_layers: Optional[Tuple[str, ...]] = None  # worst layers, worst first
-    # Set by the fold on the event that stands for a complete step of several ranks; never on the wire.
-    parts: Tuple["StepEvent", ...] = ()  # the ranks' own events, in rank order
+    # Set by the fold on the event that stands for a complete step of several ranks; never on the
+    # wire.
+    parts: Tuple[StepEvent, ...] = ()  # the ranks' own events, in rank order
 
 
 SCALAR_COLUMNS: Tuple[str, ...] = StepEvent._fields[5:21]
@@ -172,7 +175,8 @@ class Verdict(NamedTuple):
     attempt: int  # from 1; set by the fold
     rank: Optional[int]  # None: the run as a whole
     step: int
-    ordinal: int  # of the event it was found at, among the accepted events of the run; set by the fold
+    # of the event it was found at, among the accepted events of the run; set by the fold
+    ordinal: int
     detector: str
     kind: str  # what was found, e.g. "transient", "confirmed"
     level: Level
@@ -200,7 +204,7 @@ class Verdict(NamedTuple):
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Verdict":
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
         """The inverse of :meth:`to_dict`."""
         fields = {name: data[name] for name in cls._fields}
         fields["evidence"] = {k: from_json_value(v) for k, v in data["evidence"].items()}
@@ -227,7 +231,9 @@ class Action(NamedTuple):
     @property
     def id(self) -> str:
         """16 hex digits; one cause at one place gives one id."""
-        return _digest(self.run_id, self.attempt, self.step, self.ordinal, self.kind, *self.verdict_ids)
+        return _digest(
+            self.run_id, self.attempt, self.step, self.ordinal, self.kind, *self.verdict_ids
+        )
 
     def to_dict(self) -> Dict[str, Any]:
         """As `argus replay --json` prints it."""
@@ -238,7 +244,7 @@ class Action(NamedTuple):
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Action":
+    def from_dict(cls, data: Mapping[str, Any]) -> Action:
         """The inverse of :meth:`to_dict`."""
         fields = {name: data[name] for name in cls._fields}
         fields["sessions"] = tuple((str(s), int(r)) for s, r in data["sessions"])
@@ -272,6 +278,6 @@ def from_json_value(value: Any) -> Any:
     return value
 
 
-def _digest(*parts: Union[str, int, None, Sequence[str]]) -> str:
+def _digest(*parts: Union[str, int, Sequence[str], None]) -> str:
     text = "\x1f".join("" if part is None else str(part) for part in parts)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()

@@ -1,21 +1,21 @@
 """The journal's format: what a step looks like on the local disk.
 
-A session (one process start of one rank) writes segments ``rRRRRR-SESSION-NNNNNN.journal`` of a fixed
-size: a header, then records, then zeros. A record is ``size, kind, mask`` + ``clock, step`` + body +
-``number + 1``. The last word is written last and counts up, so a record that a killed process did not
-finish is recognised, and everything before it stands.
+A session (one process start of one rank) writes segments ``rRRRRR-SESSION-NNNNNN.journal`` of a
+fixed size: a header, then records, then zeros. A record is ``size, kind, mask`` + ``clock, step`` +
+body + ``number + 1``. The last word is written last and counts up, so a record that a killed
+process did not finish is recognised, and everything before it stands.
 
-Two kinds of step records exist: *core* (loss, grad_norm, learning rate: what the hot path writes with
-one ``pack_into``) and *full* (any columns). Times are read off one monotonic clock; the header says
-what that clock means in UTC, and ``time_ns`` and ``step_time_ms`` are derived by the reader.
+Two kinds of step records exist: *core* (loss, grad_norm, learning rate: what the hot path writes
+with one ``pack_into``) and *full* (any columns). Times are read off one monotonic clock; the header
+says what that clock means in UTC, and ``time_ns`` and ``step_time_ms`` are derived by the reader.
 
 Layout (little endian):
 
 ===========  ==========================================================================
 record       ``<I size> <B kind> <B mask> <H 0> <q clock_ns> <q step> body <Q number+1>``
-core body    ``<d loss> <d grad_norm> <d current_lr>``; mask bit 0 loss, bit 1 grad_norm; lr NaN: absent
-full body    ``<Q columns>`` then each present column: a scalar 8 bytes, a list ``<I n>`` + values
-control      ``<i rank> <I length>`` + JSON, padded to 8
+core body    ``<d loss> <d grad_norm> <d current_lr>``; mask bit 0 loss, bit 1 grad_norm; lr NaN:
+absent full body    ``<Q columns>`` then each present column: a scalar 8 bytes, a list ``<I n>`` +
+values control      ``<i rank> <I length>`` + JSON, padded to 8
 ===========  ==========================================================================
 """
 
@@ -117,7 +117,7 @@ class SegmentHeader(NamedTuple):
         return (head + struct.pack("<H", len(name)) + name).ljust(size, b"\0")
 
     @classmethod
-    def unpack(cls, data: bytes) -> Optional[Tuple["SegmentHeader", int]]:
+    def unpack(cls, data: bytes) -> Optional[Tuple[SegmentHeader, int]]:
         """Header and its size; None where no segment has begun. ValueError: not ours, or newer."""
         if len(data) < _HEADER.size + 2 or data[:8] == bytes(8):
             return None
@@ -189,7 +189,8 @@ def pack_control(
 
 def unpack_full(data: bytes, at: int, end: int) -> List[Any]:
     """Column values of the full record whose body lies in data[at:end], in StepEvent order
-    from ``epoch`` to ``local_layers`` (``step_time_ms`` left None)."""
+    from ``epoch`` to ``local_layers`` (``step_time_ms`` left None).
+    """
     (mask,) = struct.unpack_from("<Q", data, at)
     at += 8
     scalars, places = _scalars_of(mask & _SCALAR_MASK)

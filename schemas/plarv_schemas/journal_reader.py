@@ -1,7 +1,7 @@
 """Reads journals: one session's records, while they are written or long after.
 
-A session is read with ``pread``, also by the process that writes it: file and map share their pages,
-so a record is visible as soon as its last word is written.
+A session is read with ``pread``, also by the process that writes it: file and map share their
+pages, so a record is visible as soon as its last word is written.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def segments_of(folder: Path) -> Dict[str, List[SegmentFile]]:
 class SessionReader:
     """The events of one session, from a position on.
 
-    ``read`` gives what is there now; after a segment that went on in a next one it moves on by itself.
-    With ``alone`` it stays in its segment.
-    ``skipped`` counts records that could not be read: one that its writer did not finish, or damage.
+    ``read`` gives what is there now; after a segment that went on in a next one it moves on by
+    itself. With ``alone`` it stays in its segment.
+    ``skipped`` counts records that could not be read: one that its writer did not finish, or
+    damage.
     """
 
     __slots__ = (
@@ -248,7 +249,14 @@ class SessionReader:
                 kind_of: Any = name  # a later version's kind is passed on as it is
                 when = None if step == NO_STEP else step
                 return ControlEvent(
-                    header.run_id, header.session, record, rank, kind_of, clock + to_utc, when, content
+                    header.run_id,
+                    header.session,
+                    record,
+                    rank,
+                    kind_of,
+                    clock + to_utc,
+                    when,
+                    content,
                 )
         except (struct.error, ValueError, TypeError):
             return None
@@ -284,4 +292,3 @@ _STEP_TIME = StepEvent._fields.index("step_time_ms") - StepEvent._fields.index("
 
 def _size_at(data: bytes, at: int) -> int:
     return int.from_bytes(data[at : at + 4], "little")
-

@@ -1,8 +1,8 @@
 """Writes one session's journal: the training thread packs into mapped pages, nothing else.
 
 A background thread calls :meth:`JournalWriter.prepare` to make the next segments ready:
-``posix_fallocate`` first, so that a full disk is an error here and not a SIGBUS in the loop, then the
-map, then a write to every page, so that the loop takes no page fault.
+``posix_fallocate`` first, so that a full disk is an error here and not a SIGBUS in the loop, then
+the map, then a write to every page, so that the loop takes no page fault.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ _MAX_WAITING_BYTES = 8 * 1024 * 1024  # ... and their bytes: long lists are long
 class JournalWriter:
     """One session's journal.
 
-    ``buffer``, ``position``, ``limit`` and ``record`` are the training thread's: it packs a core record
-    at ``position`` while that is below ``limit``, adds one to ``record``, and moves on. Everything else
-    goes through :meth:`append`. ``prepare`` and ``close`` are another thread's.
+    ``buffer``, ``position``, ``limit`` and ``record`` are the training thread's: it packs a core
+    record at ``position`` while that is below ``limit``, adds one to ``record``, and moves on.
+    Everything else goes through :meth:`append`. ``prepare`` and ``close`` are another thread's.
 
     An event that finds no room is lost, and with it every later one, so that the log has an end and
-    no hole; ``lost`` counts them and ``ended`` says why. ``position`` and ``record`` belong together:
+    no hole; ``lost`` counts them and ``ended`` says why. ``position`` and ``record`` belong
+    together:
     after an exception that came from outside between two lines (Ctrl-C), :meth:`settle` says so.
     """
 
     __slots__ = (
         "buffer", "position", "limit", "record", "lost", "ended", "last_clock_ns", "last_step",
         "run_id", "session", "rank", "world_size", "folder", "segment", "prepared_bytes",
-        "held", "full", "_spares", "_waiting", "_waiting_bytes", "_segment_bytes", "_next_segment", "_closed",
+        "held", "full", "_spares", "_waiting", "_waiting_bytes", "_segment_bytes",
+        "_next_segment", "_closed",
     )  # fmt: skip
 
     def __init__(
@@ -97,7 +99,9 @@ class JournalWriter:
         return self._segment_bytes
 
     def prepare(self, spares: int = 2) -> None:
-        """Makes segments until ``spares`` are ready. For the background thread; OSError: no room."""
+        """Makes segments until ``spares`` are ready. For the background thread; OSError: no
+        room.
+        """
         while len(self._spares) < spares and not self._closed:
             number = self._next_segment
             path = self.folder / segment_name(self.rank, self.session, number)
@@ -175,7 +179,9 @@ class JournalWriter:
         return True
 
     def settle(self) -> None:
-        """Counts a record that is whole in the segment, but not yet in ``position`` and ``record``."""
+        """Counts a record that is whole in the segment, but not yet in ``position`` and
+        ``record``.
+        """
         if self.segment < 0 or self._waiting or self._closed:
             return
         before = TRAILER.unpack_from(self.buffer, self.position - TRAILER.size)[0]
@@ -191,9 +197,7 @@ class JournalWriter:
         self, kind: str, *, step: Optional[int], rank: Optional[int], data: Mapping[str, Any]
     ) -> bool:
         """Writes a control event now; False: it was lost."""
-        return self.append(
-            pack_control(self.record, time.monotonic_ns(), step, rank, kind, data)
-        )
+        return self.append(pack_control(self.record, time.monotonic_ns(), step, rank, kind, data))
 
     def close(self) -> None:
         """Cuts the last segment to its length and removes those that were never used."""
@@ -232,7 +236,9 @@ class JournalWriter:
                 pass  # gone already
 
     def _remember_last(self) -> None:
-        """Clock and step of the last record, where the hot path wrote it: it keeps no such notes."""
+        """Clock and step of the last record, where the hot path wrote it: it keeps no such
+        notes.
+        """
         at = self.position - CORE_STRUCT.size
         if self.segment < 0 or at < 0:
             return
@@ -246,7 +252,8 @@ class JournalWriter:
             return False
         at = self.position
         end = at + size
-        # The size goes in last: a copy may run in any order, and until then the record is not there.
+        # The size goes in last: a copy may run in any order, and until then the record is not
+        # there.
         self.buffer[at + 4 : end] = packed[4:]
         self.buffer[at : at + 4] = packed[:4]
         self.position = end

@@ -2,8 +2,8 @@
 
 ``order.log`` in the run's folder says in which order the fold took the sessions' records, so that a
 replay takes them in the same. A line ``+SESSION RANK`` gives the next number to a session, a line
-``NUMBER UPTO`` says that its records were taken up to (not including) UPTO, and ``NUMBER *`` that all
-further ones were, until the next line. One session alone costs one line.
+``NUMBER UPTO`` says that its records were taken up to (not including) UPTO, and ``NUMBER *`` that
+all further ones were, until the next line. One session alone costs one line.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _DISCOVER_EVERY = 8  # polls; a new session may begin at any time
 class RunLog:
     """The events of a run in the log's order: first what ``order.log`` says, then what arrives.
 
-    With ``record=True`` the order of what arrives is appended to ``order.log`` before ``poll`` returns
-    it; only the holder of the run's fold lock may ask for that.
+    With ``record=True`` the order of what arrives is appended to ``order.log`` before ``poll``
+    returns it; only the holder of the run's fold lock may ask for that.
     """
 
     def __init__(self, folder: Path, *, record: bool = False) -> None:
@@ -77,7 +77,9 @@ class RunLog:
 
     @property
     def settled(self) -> bool:
-        """Whether all that was read was released too, so that ``positions`` says where it stands."""
+        """Whether all that was read was released too, so that ``positions`` says where it
+        stands.
+        """
         return not self._unordered and not any(self._ahead.values())
 
     def poll(self, limit: int = 1024) -> List[Event]:
@@ -103,7 +105,9 @@ class RunLog:
             reader.close()
 
     def segments_read(self) -> Iterator[Path]:
-        """The segment files before the current position of their session: no longer needed to go on."""
+        """The segment files before the current position of their session: no longer needed to go
+        on.
+        """
         for session, files in segments_of(self.folder).items():
             reader = self._readers.get(session)
             for file in files:
@@ -227,7 +231,8 @@ def is_run_dir(path: Path) -> bool:
 
 
 def read_run(path: Path) -> Iterator[Event]:
-    """All events of the run in folder ``path``, or of the one session of a ``.journal`` file, in order.
+    """All events of the run in folder ``path``, or of the one session of a ``.journal`` file, in
+    order.
 
     Where old segments were removed to keep the journal within its bound, it begins after them; the
     fold's state at that place is in ``base`` (see ``plarv_processors.stored_fold``).

@@ -9,4 +9,6 @@ JOURNAL_VERSION = 1
 """Of the bytes of a journal segment."""
 
 SNAPSHOT_VERSION = 1
-"""Of a fold's snapshot. One of another version is never resumed: the log is folded again instead."""
+"""Of a fold's snapshot. One of another version is never resumed: the log is folded again
+instead.
+"""

@@ -13,8 +13,9 @@ ROOT = FOLDER.parents[1]
 
 def lines_of(name: str) -> List[str]:
     """What the engine says about the stream ``name``, as it stands in its file."""
-    from plarv_processors.engine import Engine
     from tests.processors.logs import log_of
+
+    from plarv_processors.engine import Engine
 
     engine = Engine()
     found = [record.to_dict() for event in log_of(name) for record in engine.fold(event)]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
+from tests.processors.streams import FAULTY, HEALTHY
 
 from plarv import Argus, ArgusPause
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, SCALAR_COLUMNS, StepEvent
-from tests.processors.streams import FAULTY, HEALTHY
 
 __all__ = ["LiveRun", "stream"]
 

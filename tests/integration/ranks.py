@@ -26,7 +26,9 @@ def main(scenario: str, folder: str) -> None:
 
 
 def spawned(rank: int, scenario: str, folder: str, port: int) -> None:
-    """A rank that knows of its job what torch.distributed knows, and nothing from its environment."""
+    """A rank that knows of its job what torch.distributed knows, and nothing from its
+    environment.
+    """
     import torch.distributed as distributed
 
     os.environ["ARGUS_DIR"] = folder
@@ -44,7 +46,9 @@ def _run(scenario: str, rank: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model: Any = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    model: Any = torch.nn.Sequential(
+        torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+    )
     if scenario not in ("follower_killed", "leader_killed"):  # these do without collectives
         model = DistributedDataParallel(model)
     # torch's own optimizers take five seconds to import, which torchrun's ranks cannot share.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import List
 
 import pytest
+from tests.integration.law import live_records, replayed_records
+from tests.integration.live import LiveRun, stream
+from tests.processors.streams import FAULTY
 
 import plarv.faults
 from plarv_processors.stored_fold import StoredFold, fold_rest
 from plarv_schemas.run_log import ORDER_FILE
-from tests.integration.law import live_records, replayed_records
-from tests.integration.live import LiveRun, stream
-from tests.processors.streams import FAULTY
 
 DERIVED = ("snapshot", "base", "verdicts.jsonl", "actions.jsonl")
 """What the fold writes, in the order in which a copy must be made: what is derived comes first."""
@@ -37,14 +37,14 @@ def holds(folder: Path) -> bool:
 def test_a_run_with_a_fault_got_live_what_its_replay_gives(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = stream(name, steps=FAULTY[name][1].__defaults__[0])  # type: ignore[index]
-    ranks = len(events[0].parts) or 1
-    run = LiveRun(monkeypatch, ranks=ranks, mode="AUTO")
+    events = FAULTY[name][1]()
+    run = LiveRun(monkeypatch, ranks=len(events[0].parts) or 1, mode="AUTO")
     run.feed(events)
     run.complete()
     fold_rest(run.folder)  # what did not fit into the exit
-    if name not in ("straggler",):  # here the clock is real, and no rank is slow
-        assert holds(run.folder)
+    verdicts, actions = live_records(run.folder)
+    assert (verdicts, actions) == replayed_records(run.folder)
+    assert verdicts or name == "straggler"  # the clock is a real one here, and no rank is slow
 
 
 def test_attempts_of_one_run_are_each_judged_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def test_two_ranks_that_run_apart_are_merged_once_and_for_all(
 def copy_as_killed(folder: Path, copy: Path, chance: random.Random) -> None:
     """The run's folder as a kill would leave it now, with what was being written torn.
 
-    The fold writes the order down before the events are folded, and what it finds after that: a copy
-    that is made bit by bit must take them the other way round.
+    The fold writes the order down before the events are folded, and what it finds after that: a
+    copy that is made bit by bit must take them the other way round.
     """
     copy.mkdir()
     for name in DERIVED:
@@ -119,21 +119,20 @@ def test_what_was_killed_at_any_moment_goes_on_as_if_it_had_not_been(
     chance = random.Random(10 * seed + ranks)
     run = LiveRun(monkeypatch, ranks=ranks, mode="AUTO")
     copies: List[Path] = []
-    for name in ("divergence", "oscillation", "dead"):
-        events = stream(name, steps=700, seed=seed)
+    for name, steps in (("divergence", 620), ("dead", 540)):
+        events = stream(name, steps, seed)
         while events:
-            some = chance.randrange(1, 300)
+            some = chance.randrange(100, 300)
             run.feed(events[:some])
             del events[:some]
-            if chance.random() < 0.3:
-                run.catch_up(-1 if not events else events[0].step - 100)
+            run.catch_up(chance.choice([-1, events[0].step - 50]) if events else -1)
             copies.append(tmp_path / str(len(copies)))
             copy_as_killed(run.folder, copies[-1], chance)
     run.complete()
     fold_rest(run.folder)
     assert holds(run.folder)
     for copy in copies:
-        whole = replayed_records(copy)
+        before = replayed_records(copy)
         fold = StoredFold(copy)
         while fold.advance(chance.choice([1, 7, 64, 1024]))[0]:
             if chance.random() < 0.1:
@@ -141,10 +140,9 @@ def test_what_was_killed_at_any_moment_goes_on_as_if_it_had_not_been(
                 fold.close()
                 fold = StoredFold(copy)
         fold.close()
-        assert live_records(copy) == replayed_records(copy)
-        if ranks == 1:  # else the rest's order was not written down before, and could be another
-            assert live_records(copy) == whole
-    assert len(copies) > 5
+        # What two ranks' order is, past what was written down, is up to who folds it first.
+        assert live_records(copy) == (before if ranks == 1 else replayed_records(copy))
+    assert len(copies) > 3
 
 
 def test_a_loop_without_a_pause_leaves_a_prefix_and_the_rest_is_folded_later(

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+from tests.integration import ranks
+from tests.integration.law import controls, live_records, replayed_records
 
 from plarv import Argus, ArgusPause
 from plarv_processors.stored_fold import fold_rest
 from plarv_schemas.events import StepEvent
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.run_log import read_run
-from tests.integration import ranks
-from tests.integration.law import controls, live_records, replayed_records
 
 torch: Any = pytest.importorskip("torch")
 

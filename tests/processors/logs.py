@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, List, Optional
 
-from plarv_schemas.events import ControlEvent, Event, StepEvent
 from tests.processors.streams import FAULTY, HEALTHY
+
+from plarv_schemas.events import ControlEvent, Event, StepEvent
 
 __all__ = ["log_of", "names"]
 
@@ -13,8 +14,8 @@ names = [*HEALTHY, *FAULTY]
 
 
 def log_of(name: str, steps: Optional[int] = None, mode: str = "AUTO") -> List[Event]:
-    """The log of the stream ``name`` (of its own length, if none is given): a session for each rank,
-    begun and ended by control events."""
+    """The log of the stream ``name`` (of its own length, if none is given): a session for each
+    rank, begun and ended by control events."""
     make: Any = HEALTHY.get(name) or FAULTY[name][1]
     events: List[StepEvent] = make() if steps is None else make(steps=steps)
     ranks = max([len(event.parts) for event in events] + [1])

@@ -17,7 +17,8 @@ def feed(steps: CompleteSteps, events: List[StepEvent]) -> List[StepEvent]:
 
 def test_one_rank_passes_through_untouched() -> None:
     steps, given = CompleteSteps(), event(0, 3, world_size=1, loss=1.0)
-    assert steps.add(given) == (given,) and steps.add(given)[0] is given
+    assert steps.add(given) == (given,)
+    assert steps.add(given)[0] is given
 
 
 def test_a_step_is_complete_when_all_ranks_have_reported_it() -> None:
@@ -58,10 +59,12 @@ def test_a_non_finite_loss_on_one_rank_makes_the_mean_non_finite() -> None:
     for bad in (math.nan, math.inf):
         steps = CompleteSteps()
         (joined,) = feed(steps, [event(0, 0, loss=1.0), event(1, 0, loss=bad)])
-        assert joined.loss is not None and not math.isfinite(joined.loss)
+        assert joined.loss is not None
+        assert not math.isfinite(joined.loss)
     steps = CompleteSteps()
     (joined,) = feed(steps, [event(0, 0, loss=math.inf), event(1, 0, loss=-math.inf)])
-    assert joined.loss is not None and math.isnan(joined.loss)
+    assert joined.loss is not None
+    assert math.isnan(joined.loss)
 
 
 def test_a_second_report_of_a_step_adds_what_the_first_left_out() -> None:
@@ -88,5 +91,6 @@ def test_the_local_report_is_the_worst_and_samples_stay_with_their_rank() -> Non
             event(1, 0, local_levels=(1, 0), local_layers=("b", "a")),
         ],
     )
-    assert joined.local_levels == (1, 2) and joined.local_layers == ("a", "b")
+    assert joined.local_levels == (1, 2)
+    assert joined.local_layers == ("a", "b")
     assert joined.sample_losses is None

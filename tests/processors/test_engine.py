@@ -4,12 +4,12 @@ import random
 from typing import ClassVar, List, Tuple
 
 import pytest
+from tests.processors.logs import log_of, names
 
 from plarv_processors.detectors.detector import Scope
 from plarv_processors.detectors.loss_spike import LossSpike
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
-from tests.processors.logs import log_of, names
 
 
 def fold_all(engine: Engine, log: List[Event]) -> List[object]:
@@ -50,14 +50,16 @@ def test_duplicates_and_what_was_sent_again_change_nothing() -> None:
             again.extend(log[max(0, place - chance.randrange(20)) : place + 1])
     engine = Engine()
     assert fold_all(engine, again) == expected
-    assert engine.duplicates == len(again) - len(log) and engine.ordinal == len(log) - 1
+    assert engine.duplicates == len(again) - len(log)
+    assert engine.ordinal == len(log) - 1
 
 
 def test_records_carry_attempt_and_ordinal_and_ids_are_of_what_they_are_about() -> None:
     records = fold_all(Engine(), log_of("spike"))
     verdicts = [record for record in records if isinstance(record, Verdict)]
     actions = [record for record in records if isinstance(record, Action)]
-    assert verdicts and actions
+    assert verdicts
+    assert actions
     assert all(found.attempt == 1 and found.ordinal > 0 for found in verdicts)
     assert all(action.sessions == (("session-0", 0),) for action in actions)
     ids = [found.id for found in verdicts]

@@ -81,15 +81,18 @@ def test_a_spike_after_the_learning_rate_rose_sets_it_back_to_what_it_was() -> N
     run.advance_by(100, lr=0.001)
     run.advance_by(4, lr=0.06)
     (action,) = run.advance(verdict("loss_spike", "confirmed"), lr=0.06)
-    assert action.kind == "SET_LR" and action.parameters == {"lr": 0.001}
-    assert "60-fold" in action.reason and "0.06" in action.reason
+    assert action.kind == "SET_LR"
+    assert action.parameters == {"lr": 0.001}
+    assert "60-fold" in action.reason
+    assert "0.06" in action.reason
 
 
 def test_without_such_a_rise_the_learning_rate_is_halved() -> None:
     run = Run()
     run.advance_by(100, lr=0.4)
     (action,) = run.advance(DIVERGED, lr=0.4)
-    assert action.kind == "SET_LR" and action.parameters == {"lr": 0.2}
+    assert action.kind == "SET_LR"
+    assert action.parameters == {"lr": 0.2}
 
 
 def test_where_the_learning_rate_is_unknown_a_factor_is_given() -> None:
@@ -127,7 +130,8 @@ def test_a_lowered_rate_is_given_its_time_from_when_it_was_applied() -> None:
     applied_at = run.step
     assert run.advance_by(199) == []
     (pause,) = run.advance_by(2)
-    assert pause.kind == "PAUSE" and pause.step == applied_at + 200
+    assert pause.kind == "PAUSE"
+    assert pause.step == applied_at + 200
     assert "200 steps after the learning rate was lowered" in pause.reason
 
 

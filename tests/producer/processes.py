@@ -27,7 +27,7 @@ def run(
     *arguments: str,
     prefix: Optional[List[str]] = None,
     **settings: str,
-) -> "subprocess.CompletedProcess[str]":
+) -> subprocess.CompletedProcess[str]:
     """Runs ``program`` to its end."""
     return subprocess.run(
         [*(prefix or []), sys.executable, str(_script(folder, program)), *arguments],
@@ -40,7 +40,7 @@ def run(
     )
 
 
-def start(folder: Path, program: str, *arguments: str, **settings: str) -> "subprocess.Popen[str]":
+def start(folder: Path, program: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
     """Starts ``program``; its stdout and stderr are pipes."""
     options: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-u", str(_script(folder, program)), *arguments]

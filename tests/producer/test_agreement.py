@@ -247,9 +247,7 @@ def test_two_ranks_agree_by_torchs_own_store() -> None:
     host = distributed.TCPStore(
         "127.0.0.1", 0, 2, True, timeout=dt.timedelta(seconds=20), wait_for_workers=False
     )
-    other = distributed.TCPStore(
-        "127.0.0.1", host.port, 2, False, timeout=dt.timedelta(seconds=20)
-    )
+    other = distributed.TCPStore("127.0.0.1", host.port, 2, False, timeout=dt.timedelta(seconds=20))
     ranks = [Rank(host, 0), Rank(other, 1)]
     for step in range(30):
         for rank in ranks:

@@ -18,10 +18,6 @@ from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
-
-from plarv import Argus, ArgusConfigurationError, ArgusError, ArgusHalt, ArgusPause, settings
-from plarv.decision import CONTINUE, Decision
-from plarv_schemas.events import LOCAL_CHECKS, StepEvent
 from tests.producer.runs import (
     caught_up,
     controls_of,
@@ -33,6 +29,10 @@ from tests.producer.runs import (
     steps_of,
     until,
 )
+
+from plarv import Argus, ArgusConfigurationError, ArgusError, ArgusHalt, ArgusPause, settings
+from plarv.decision import CONTINUE, Decision
+from plarv_schemas.events import LOCAL_CHECKS, StepEvent
 
 # Every argument that the README of the published SDK lists, and those that Argus adds, as they are
 # meant to be given.
@@ -116,7 +116,9 @@ def test_all_arguments_are_taken_together_and_there_are_no_others() -> None:
     argus = Argus(**every)
     argus.complete()
     (started,) = controls_of(argus, "session_started")
-    assert {name: started.data[name] for name in ("sequence_length", "vocab_size", "num_layers")} == {
+    assert {
+        name: started.data[name] for name in ("sequence_length", "vocab_size", "num_layers")
+    } == {
         "sequence_length": 2048,
         "vocab_size": 32000,
         "num_layers": 32,

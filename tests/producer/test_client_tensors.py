@@ -10,10 +10,10 @@ from typing import Any, List, Tuple
 import numpy as np
 import pytest
 import torch
+from tests.producer.runs import controls_of, steps_of
 
 from plarv import Argus, ArgusConfigurationError
 from plarv_schemas.events import StepEvent
-from tests.producer.runs import controls_of, steps_of
 
 NUMPY = ["float16", "float32", "float64", "longdouble", "int8", "int64", "uint8", "bool_"]
 TORCH = [
@@ -226,7 +226,9 @@ def test_a_rate_that_is_a_tensor_from_the_start_is_recorded_by_the_long_way() ->
 
 
 def test_numpy_numbers_are_as_good_as_pythons_for_the_constructor() -> None:
-    argus = Argus(silent=True, total_steps=np.int64(100), vocab_size=np.int32(50), start_step=np.int8(3))
+    argus = Argus(
+        silent=True, total_steps=np.int64(100), vocab_size=np.int32(50), start_step=np.int8(3)
+    )
     argus.step(2.5)
     argus.complete()
     (started,) = controls_of(argus, "session_started")

@@ -23,7 +23,6 @@ from plarv_schemas.journal import (
 )
 from plarv_schemas.journal_reader import SessionReader, segments_of
 from plarv_schemas.journal_writer import JournalWriter
-from plarv_schemas.run_log import RunLog, is_run_dir, read_run
 
 SESSION = "0123456789abcdef"
 FULL_SCALARS = (
@@ -53,7 +52,9 @@ def make_writer(
 def pack_core(writer: JournalWriter, step: int, loss: float = 1.0, grad_norm: float = 2.0) -> bytes:
     mask = HAS_LOSS | HAS_GRAD_NORM
     clock, number = time.monotonic_ns(), writer.record + 1
-    return CORE_STRUCT.pack(CORE_SIZE, CORE, mask, 0, clock, step, loss, grad_norm, math.nan, number)
+    return CORE_STRUCT.pack(
+        CORE_SIZE, CORE, mask, 0, clock, step, loss, grad_norm, math.nan, number
+    )
 
 
 def write_core(writer: JournalWriter, step: int, loss: float = 1.0, grad_norm: float = 2.0) -> None:
@@ -78,7 +79,8 @@ def test_a_core_record_comes_back_with_its_columns_and_no_others(tmp_path: Path)
     assert isinstance(event, StepEvent)
     assert (event.run_id, event.session, event.record, event.step) == ("run", SESSION, 0, 7)
     assert (event.loss, event.grad_norm, event.current_lr) == (1.25, math.inf, None)
-    assert event.time_ns is not None and abs(event.time_ns - time.time_ns()) < 60e9
+    assert event.time_ns is not None
+    assert abs(event.time_ns - time.time_ns()) < 60e9
     assert all(getattr(event, name) is None for name in LIST_COLUMNS)
 
 
@@ -105,7 +107,8 @@ def test_lists_of_different_lengths_and_empty_ones_come_back(tmp_path: Path) -> 
     writer = make_writer(tmp_path)
     write_full(writer, 1, columns)
     (event,) = read_all(tmp_path)
-    assert isinstance(event, StepEvent) and event.sample_entropies is None
+    assert isinstance(event, StepEvent)
+    assert event.sample_entropies is None
     assert repr({name: getattr(event, name) for name in columns}) == repr(columns)
 
 
@@ -186,11 +189,13 @@ def test_damage_in_the_middle_costs_the_damaged_records_alone(tmp_path: Path) ->
 
 def test_an_event_that_is_too_long_is_cut_and_said_to_be(tmp_path: Path) -> None:
     packed, cut = pack_full(0, 0, 0, {"loss": 1.0, "sample_losses": tuple([0.5] * 200_000)})
-    assert cut and len(packed) <= MAX_RECORD_BYTES
+    assert cut
+    assert len(packed) <= MAX_RECORD_BYTES
     writer = make_writer(tmp_path, segment_bytes=1 << 20)
     assert writer.append(packed)
     (event,) = read_all(tmp_path)
-    assert isinstance(event, StepEvent) and event.sample_losses is not None
+    assert isinstance(event, StepEvent)
+    assert event.sample_losses is not None
     assert 60_000 < len(event.sample_losses) < 200_000
 
 
@@ -198,7 +203,8 @@ def test_without_room_the_log_ends_and_has_no_hole(tmp_path: Path) -> None:
     writer = make_writer(tmp_path)  # one segment, and nobody prepares another
     for step in range(40_000):
         writer.append(pack_core(writer, step))
-    assert writer.lost > 0 and writer.ended
+    assert writer.lost > 0
+    assert writer.ended
     writer.prepare()
     writer.close()
     events = read_all(tmp_path)

@@ -56,7 +56,8 @@ def test_two_ranks_are_merged_by_time_and_a_replay_takes_the_same_order(tmp_path
     assert len(live) == 400
     times = [event.time_ns or 0 for event in live]
     offset = {event.session: event.time_ns for event in reversed(live)}
-    assert len(offset) == 2 and times == sorted(times)
+    assert len(offset) == 2
+    assert times == sorted(times)
     assert list(read_run(tmp_path)) == live
 
 
@@ -72,7 +73,8 @@ def test_a_backlog_on_one_rank_does_not_tear_the_ranks_apart(tmp_path: Path) -> 
     for event in live:
         newest[event.session] = event.record
         gaps.append(abs(newest[ahead.session] - newest[behind.session]))
-    assert len(live) == 2000 and max(gaps) <= 1
+    assert len(live) == 2000
+    assert max(gaps) <= 1
 
 
 def test_what_arrives_late_is_replayed_where_it_was_folded(tmp_path: Path) -> None:
@@ -105,7 +107,8 @@ def test_a_restart_takes_what_was_recorded_first_and_goes_on(tmp_path: Path) -> 
     after = drain(log)
     log.close()
     assert keys(after)[: len(live)] == keys(live)
-    assert len(after) == 60 and list(read_run(tmp_path)) == after
+    assert len(after) == 60
+    assert list(read_run(tmp_path)) == after
 
 
 def test_one_session_alone_costs_one_line_of_order(tmp_path: Path) -> None:
@@ -169,7 +172,9 @@ def test_a_single_segment_file_is_read_alone(tmp_path: Path) -> None:
     rank.writer.close()
     files = sorted(tmp_path.glob("*.journal"))
     counts = [len(list(read_run(path))) for path in files]
-    assert len(files) > 1 and counts[0] > 0 and counts[0] < 2000
+    assert len(files) > 1
+    assert counts[0] > 0
+    assert counts[0] < 2000
 
 
 def test_a_folder_without_a_journal_is_no_run(tmp_path: Path) -> None:

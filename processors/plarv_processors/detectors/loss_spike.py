@@ -21,8 +21,8 @@ class LossSpike:
     least ``jump_ratio`` opens *transient* (warn): in 10 of 15 public GPT runs such one-step jumps
     were the batch's, at the same step in each run. When ``confirm_high`` of the next
     ``confirm_window`` losses stay high it escalates to *confirmed* (critical). The window takes no
-    loss while the verdict is open, so that the spike never becomes its own baseline; only jumps that come
-    again within ``recur_within`` losses are let in.
+    loss while the verdict is open, so that the spike never becomes its own baseline; only jumps
+    that come again within ``recur_within`` losses are let in.
 
     A loss that is not positive (a policy-gradient surrogate) has no ratio; there a jump must also
     leave the range of the window by its whole width.
@@ -57,7 +57,8 @@ class LossSpike:
             3  # of these that must stay high: +3 points of delay, 21 -> 4 false alarms
         )
         calm_window: int = 10  # losses in a row that are not high, to resolve a confirmed spike
-        recur_within: int = 12  # losses: a jump so soon after another belongs to the run's own noise
+        # losses: a jump so soon after another belongs to the run's own noise
+        recur_within: int = 12
         adopt_after: int = 300  # losses after which a level that stays is the new normal
         log_floor: float = 0.01  # smallest scale of log(loss), 1%
         raw_floor: float = 0.05  # smallest scale of a raw loss, as a share of the window's range

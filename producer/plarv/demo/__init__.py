@@ -91,7 +91,9 @@ def _plan(options: argparse.Namespace) -> Plan:
 
     plan = Plan()
     if options.quick:
-        plan = plan._replace(steps=300, injury_step=120, width=64, batch=12, context=24)
+        plan = plan._replace(
+            steps=300, injury_step=120, width=64, batch=12, context=24, learning_rate=1.5e-3
+        )
     if options.steps is not None:
         if options.steps < _LEAST_STEPS:
             raise Complaint(f"--steps must be at least {_LEAST_STEPS}, not {options.steps}")

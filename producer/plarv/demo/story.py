@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     def rescued(self) -> bool:
         """Whether Argus acted, the run went on to its end, and ended far better than alone."""
         under, alone = self.watched.final_loss, self.alone.final_loss
-        better = not alone < 1.5 * under  # also where alone is NaN
+        better = not alone < 1.25 * under  # also where alone is NaN
         return self.acted_at is not None and not self.watched.stopped and better
 
 
