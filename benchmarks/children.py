@@ -28,7 +28,7 @@ class Package(NamedTuple):
     name: str
     python: str
     environment: Mapping[str, str]
-    further_paths: List[str]  # searched after all others
+    torch_paths: List[str]  # where torch lies, if it lies elsewhere; searched after all others
 
 
 class Child:
@@ -40,7 +40,7 @@ class Child:
         self._errors = Path(self._folder) / "stderr.txt"
         with open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(
-                [package.python, _WORKLOADS, workload, *package.further_paths],
+                [package.python, _WORKLOADS, workload, *_torch_paths(package, workload)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -100,6 +100,10 @@ def our_package() -> Package:
     environment = clean_environment()
     environment["PYTHONPATH"] = os.pathsep.join(_SOURCES)
     return Package("this Argus", sys.executable, environment, [])
+
+
+def _torch_paths(package: Package, workload: str) -> List[str]:
+    return package.torch_paths if workload == "training" else []
 
 
 def clean_environment() -> Dict[str, str]:

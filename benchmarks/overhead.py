@@ -64,7 +64,7 @@ def main() -> None:
         rows = [
             *paused_steps(packages, int(10_000 * scale)),
             *tight_steps(packages, int(100_000 * scale)),
-            *training_steps(packages, max(1, int(10 * scale))),
+            *training_steps(packages, 10, max(10, int(100 * scale))),
             *cpu_time(max(2, int(16 * scale))),
             *resident_memory(packages, int(1_000_000 * scale)),
             import_time(),
@@ -111,13 +111,12 @@ def tight_steps(packages: Sequence[Package], steps: int) -> List[Row]:
     return rows
 
 
-def training_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+def training_steps(packages: Sequence[Package], steps: int, turns: int) -> List[Row]:
     """step(tensor) with a model: what it adds to the whole training step, beyond a bare norm."""
     what = "step(tensor), 12 x 512 MLP, beyond a bare norm"
     if importlib.util.find_spec("torch") is None:
         return [information(what, _NO_TORCH)]
-    turns = 6 * _TURNS if steps > 1 else _TURNS
-    blocks = _in_turns("training steps", packages, "training", max(5, steps), turns)
+    blocks = _in_turns("training steps", packages, "training", steps, turns)
     rows: List[Row] = []
     for package in packages:
         norm, step, added, in_place = _training_medians(blocks[package.name])
@@ -197,37 +196,38 @@ def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
     rows: List[Row] = []
     with ExitStack() as stack:
         children = [stack.enter_context(Child(package, "memory")) for package in packages]
-        first = [child.ask(count=1000)["resident_mb"] for child in children]
-        peaks = list(first)
+        totals = [steps if _is_ours(package) else steps // 10 for package in packages]
+        held = [[child.ask(count=1000)["resident_mb"]] for child in children]
         bar = Progress(f"{steps:,} steps, memory", _TURNS * len(children))
         for _ in range(_TURNS):
-            for number, child in enumerate(children):
-                found = child.ask(count=(steps - 1000) // _TURNS)
-                peaks[number] = max(peaks[number], found["resident_mb"])
+            for child, total, found in zip(children, totals, held):
+                found.append(child.ask(count=(total - 1000) // _TURNS)["resident_mb"])
                 bar.add()
-        bar.close()
-        for child, begun, peak in zip(children, first, peaks):
-            last = child.ask(count=0)["resident_mb"]
+        for child, total, found in zip(children, totals, held):
             if _is_ours(child.package):  # and once more when the engine has folded them all
                 done = child.ask("complete")
-                if done["folded_step"] != steps - 1:
-                    raise RuntimeError(f"of {steps} steps the engine folded {done['folded_step']}")
-                last = max(last, done["resident_mb"])
-            grown = last - begun
-            rows.append(
-                _ours(
-                    child.package,
-                    f"resident memory after {steps:,} steps, against 1,000",
-                    f"{grown:+.1f} MB ({begun:.0f} at first, {peak:.0f} at most)",
-                    grown,
-                    20.0,
-                    "MB",
-                    first_mb=begun,
-                    last_mb=last,
-                    peak_mb=peak,
-                )
-            )
+                if done["folded_step"] != total - 1:
+                    raise RuntimeError(f"of {total} steps the engine folded {done['folded_step']}")
+                found.append(done["resident_mb"])
+            rows.append(_memory_row(child.package, total, found))
+        bar.close()
     return rows
+
+
+def _memory_row(package: Package, steps: int, held: Sequence[float]) -> Row:
+    """Of the most that was held, so that nothing hides in what was given back."""
+    grown = max(held) - held[0]
+    return _ours(
+        package,
+        f"resident memory after {steps:,} steps, against 1,000",
+        f"{grown:+.1f} MB in {steps:,} steps ({held[0]:.0f} at first)",
+        grown,
+        20.0,
+        "MB",
+        first_mb=held[0],
+        last_mb=held[-1],
+        steps=steps,
+    )
 
 
 def import_time() -> Row:

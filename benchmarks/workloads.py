@@ -108,11 +108,15 @@ class TightSteps:
 
 
 class TrainingSteps:
-    """Whole training steps of an MLP, alone and with step(tensor); and a bare gradient norm."""
+    """Whole training steps of an MLP, alone and with step(tensor); and a bare gradient norm.
+
+    On one thread: on two, what the threads wait for each other is more than what is measured.
+    """
 
     def __init__(self) -> None:
         torch = self._torch = importlib.import_module("torch")
         torch.manual_seed(0)
+        torch.set_num_threads(1)
         self._inputs = torch.randn(_BATCH, _WIDTH)
         self._targets = torch.randn(_BATCH, _WIDTH)
         self._bare, self._bare_optimizer = self._make()

@@ -98,8 +98,8 @@ class Argus:
         self,
         loss: Any,
         grad_norm: Any = None,
-        # All of them by name, please. They are not keyword-only since CPython would then look up each
-        # default in a dict: a fifth of a step's time in a tight loop, and more where caches are cold.
+        # By name, please, all of these. They are not keyword-only because CPython then looks up every
+        # default in a dict: a fifth of a step's time, more where caches are cold.
         step: Optional[int] = None,
         local_report: Any = None,
         perplexity: Any = None,

@@ -57,7 +57,9 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
                 rank=identity.rank,
                 world_size=identity.local_world_size,  # the ranks whose files lie in this folder
                 # Small enough to go one by one: one is written, two are ready, one is being folded.
-                segment_bytes=max(_SMALLEST, min(SEGMENT_BYTES, bound // 4)),
+                segment_bytes=max(
+                    _SMALLEST, min(SEGMENT_BYTES, bound // (4 * identity.local_world_size))
+                ),
             )
             return Home(folder, writer, note)
         except OSError as error:

@@ -178,6 +178,8 @@ class SessionReader:
                 data = os.pread(self._descriptor, MAX_RECORD_BYTES + _CHUNK, self.offset)
                 used = self._parse(data, events, limit)
             self.offset += used
+            if 0 < used <= len(data) - 4 and not whole and _size_at(data, used) == 0:
+                return  # a reader that keeps up: it need not fetch a whole chunk of zeros
             if used or len(events) >= limit or self.record >= self._upto:
                 continue
             if whole and any(data):

@@ -203,14 +203,16 @@ class JournalWriter:
         """Cuts the last segment to its length and removes those that were never used."""
         if self._closed:
             return
-        if not self.flush() and not self.ended:
-            try:
+        try:
+            while not self.flush() and not self.full:
                 self.prepare(spares=1)
-            except OSError:
-                pass  # no room: what waits is lost
-            self.flush()
-        self.lost += len(self._waiting)
-        self._waiting.clear()
+        except OSError:
+            pass  # no room: what waits is lost
+        if self._waiting:
+            self.lost += len(self._waiting)
+            self.record -= len(self._waiting)
+            self.ended = self.ended or self.full or "no room for a journal segment"
+            self._waiting.clear()
         self._closed = True
         self.limit = 0
         # A step that another thread is in the midst of must not touch the pages that are cut off.

@@ -135,7 +135,7 @@ def test_what_was_killed_at_any_moment_goes_on_as_if_it_had_not_been(
         before = replayed_records(copy)
         fold = StoredFold(copy)
         while fold.advance(chance.choice([1, 7, 64, 1024]))[0]:
-            if chance.random() < 0.1:
+            if chance.random() < 0.03:
                 fold.save()
                 fold.close()
                 fold = StoredFold(copy)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from plarv import Argus
+    from plarv.demo.plan import Curve, Plan
     from plarv.demo.story import Outcome
-    from plarv.demo.training import Curve, Plan
 
 __all__ = ["add_options", "main", "run"]
 
@@ -51,11 +51,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the demo; its exit code. Complaint: what it needs is not there."""
     began = time.monotonic()
-    _require("torch", "matplotlib")
     plan = _plan(options)
-    _make_room(options.output)
     if settings.flag("ARGUS_DISABLED"):
         raise Complaint("ARGUS_DISABLED is set: there would be nothing to show")
+    _require("torch", "matplotlib")
+    _make_room(options.output)
     outcome = _play(plan, options.output, began, quiet=options.json)
     from plarv.demo import story
 
@@ -87,12 +87,12 @@ def _make_room(picture: Path) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    from plarv.demo.training import Plan
+    from plarv.demo.plan import Plan
 
     plan = Plan()
     if options.quick:
         plan = plan._replace(
-            steps=300, injury_step=120, width=64, batch=12, context=24, learning_rate=1.5e-3
+            steps=300, injury_step=120, width=64, batch=12, context=24, learning_rate=1.2e-3
         )
     if options.steps is not None:
         if options.steps < _LEAST_STEPS:

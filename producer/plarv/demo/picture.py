@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from plarv.demo.training import Curve, Plan
+from plarv.demo.plan import Curve, Plan
 
 __all__ = ["draw", "smooth"]
 
@@ -154,8 +154,18 @@ def _draw_verdicts(axes: Axes, spans: Mapping[str, Sequence[Tuple[int, int, str]
 def _draw_rates(axes: Axes, plan: Plan, alone: Curve, watched: Curve) -> None:
     axes.plot(alone.rates, color=_ALONE, linewidth=2.2)
     axes.plot(watched.rates, color=_ARGUS, linewidth=2.2)
+    for rates, colour in ((alone.rates, _ALONE), (watched.rates, _ARGUS)):
+        axes.annotate(
+            f"{rates[-1]:.2g}",
+            (len(rates) - 1, rates[-1]),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=10,
+            color=colour,
+        )
     axes.set_yscale("log")
-    axes.set_ylim(plan.rate(0), plan.learning_rate * plan.injury_factor * 3)
+    axes.set_ylim(plan.rate(0), plan.learning_rate * plan.injury_factor * 8)
     axes.set_ylabel("learning rate", color=_INK)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
 

@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+from plarv.demo.plan import Curve, Plan, typical_loss
 from plarv.demo.replay_check import ReplayCheck
-from plarv.demo.training import Curve, Plan, typical_loss
 from plarv_schemas.events import to_json_value
 
 __all__ = ["Outcome", "as_json", "tell"]
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     def rescued(self) -> bool:
         """Whether Argus acted, the run went on to its end, and ended far better than alone."""
         under, alone = self.watched.final_loss, self.alone.final_loss
-        better = not alone < 1.25 * under  # also where alone is NaN
+        better = math.isfinite(under) and not alone < 1.25 * under  # also where alone is NaN
         return self.acted_at is not None and not self.watched.stopped and better
 
 
@@ -122,11 +122,9 @@ def _compare(outcome: Outcome, paint: _Paint) -> Iterator[str]:
     before = f"before the injury at step {plan.injury_step}"
     for label, name in ((before, "loss_before"), ("at its worst", "loss_worst")):
         yield f"  {label:<29}{_number(one[name]):>12}{_number(other[name]):>16}"
-    final = f"{_number(one['loss_final']):>12}"
-    yield (
-        f"  {'at the end':<29}{paint(final, 'red')}"
-        f"{paint(format(_number(other['loss_final']), '>16'), 'green')}"
-    )
+    alone, under = f"{_number(one['loss_final']):>12}", f"{_number(other['loss_final']):>16}"
+    hue = "green" if outcome.rescued else "red"
+    yield f"  {'at the end':<29}{paint(alone, 'red')}{paint(under, hue)}"
     yield paint(
         f"  an untrained network has {_number(one['loss_untrained'])}; the first "
         f"{outcome.same_until} losses of both runs are the same, bit for bit",

@@ -31,6 +31,7 @@ _SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nin
 _CHUNK = 32  # events between two looks at the clock
 _SAVE_EVERY = 50_000  # events between two snapshots
 _LOCK_EVERY_S = 1.0
+_ROOM_EVERY_S = 0.25  # between two looks at how much the other ranks' journals take
 _READY = 2  # segments that are ready beside the one being written
 
 
@@ -74,6 +75,7 @@ class EmbeddedTransport:
         self._thread = threading.Thread(target=self._run, name="argus-engine", daemon=True)
         self._tried_lock = -float("inf")
         self._saved_at = 0
+        self._made_room = -float("inf")
         self.caught_up = False
 
     @property
@@ -212,11 +214,12 @@ class EmbeddedTransport:
     def _keep_journal(self) -> None:
         """Keeps the next segments ready, within the bound of the run's folder."""
         writer = self._writer
+        if self._several and self._fold is not None:
+            if time.monotonic() - self._made_room >= _ROOM_EVERY_S:
+                self._made_room = time.monotonic()
+                self._excess()  # the other ranks cannot remove what is folded
         while writer.ready < _READY:
-            over = _journal_bytes(self._folder) + writer.segment_bytes - self._max_bytes
-            if over > 0 and self._fold is not None:
-                over -= self._fold.trim()
-            if over > 0:
+            if self._excess() > 0:
                 writer.full = "the journal is at its bound, ARGUS_JOURNAL_MAX_MB"
                 return
             try:
@@ -225,6 +228,13 @@ class EmbeddedTransport:
                 writer.full = f"no room for the journal: {error.strerror}"
                 return
         writer.full = ""
+
+    def _excess(self) -> int:
+        """Bytes by which one more segment would pass the bound, once folded ones are removed."""
+        over = _journal_bytes(self._folder) + self._writer.segment_bytes - self._max_bytes
+        if over > 0 and self._fold is not None:
+            over -= self._fold.trim()
+        return over
 
     def _finish(self) -> None:
         try:
