@@ -18,7 +18,7 @@ class LearningRates:
     >>> rates = LearningRates()
     >>> for step in range(100):
     ...     rates.observe(0.06 if step >= 90 else 0.001)
-    >>> rates.lowered(factor=0.5, jump=2.0, lookback=8)
+    >>> rates.lowered(factor=0.5, jump=2.0, held=8)
     ({'lr': 0.001}, 'the learning rate had risen 60-fold, from 0.001 to 0.06: set it back to 0.001')
     """
 
@@ -43,25 +43,30 @@ class LearningRates:
         """The newest one."""
         return self._rates[self._next - 1] if self._rates else None
 
-    def before(self, lookback: int) -> Optional[float]:
-        """The oldest one kept that is positive and more than ``lookback`` steps old."""
+    def before(self, jump: float, held: int) -> Optional[float]:
+        """The rate before the newest rise by ``jump`` from one step to the next; None without one.
+
+        It must have been held for ``held`` steps (give or take ``jump``), so that the first steps of
+        a warm-up, each a multiple of the last, are no jump.
+        """
         rates = self._rates
         ordered = rates[self._next :] + rates[: self._next]
-        for rate in ordered[: max(0, len(ordered) - lookback)]:
-            if rate > 0.0:
-                return rate
+        for at in range(len(ordered) - 1, held, -1):
+            earlier = ordered[at - 1]
+            if earlier > 0.0 and ordered[at] >= jump * earlier:
+                past = ordered[at - 1 - held : at - 1]
+                return earlier if min(past) * jump >= earlier >= max(past) / jump else None
         return None
 
-    def jumped(self, jump: float, lookback: int) -> bool:
-        """Whether the newest is at least ``jump`` times what it was."""
-        now, before = self.now(), self.before(lookback)
+    def jumped(self, jump: float, held: int) -> bool:
+        """Whether the newest is at least ``jump`` times what it was before it rose."""
+        now, before = self.now(), self.before(jump, held)
         return now is not None and before is not None and now >= jump * before
 
-    def lowered(self, factor: float, jump: float, lookback: int) -> Tuple[Dict[str, Any], str]:
+    def lowered(self, factor: float, jump: float, held: int) -> Tuple[Dict[str, Any], str]:
         """The parameters of a SET_LR, and why it is that rate: back to what it was where it had
-        jumped, else ``factor`` of what it is.
-        """
-        now, before = self.now(), self.before(lookback)
+        jumped, else ``factor`` of what it is."""
+        now, before = self.now(), self.before(jump, held)
         if now is None or not now > 0.0:
             return {"factor": factor}, f"lower the learning rate to {factor:g} of what it is"
         if before is not None and now >= jump * before:

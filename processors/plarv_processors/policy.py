@@ -57,7 +57,7 @@ class Policy:
         max_lowerings: int = 3  # of the learning rate, in one attempt
         lr_factor: float = 0.5  # where no earlier learning rate explains the fault
         lr_jump: float = 2.0  # times the earlier one: then the learning rate is the cause
-        lr_lookback: int = 8  # events before the onset whose learning rate counts as good
+        lr_held: int = 8  # steps that the earlier one was held; the start of a warm-up is no jump
         expiry_steps: int = 200  # an action not applied by then is void
         warn_budget: int = 20  # warnings in an attempt before they are only counted, per detector
         release: float = 0.99  # of the harm pressure that is left after a step without harm
@@ -268,7 +268,7 @@ class Policy:
             return parameters, why
         if kind == "SET_LR":
             parameters, how = self._rates.lowered(
-                config.lr_factor, config.lr_jump, config.lr_lookback
+                config.lr_factor, config.lr_jump, config.lr_held
             )
             why = f"{why}; {how}"
             self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
@@ -288,7 +288,7 @@ class Policy:
         """Whether a jump of the loss has a second signal: another critical verdict, or the lr's
         own.
         """
-        if self._rates.jumped(self.config.lr_jump, self.config.lr_lookback):
+        if self._rates.jumped(self.config.lr_jump, self.config.lr_held):
             return True
         return len([found for found in self.open_verdicts() if found.level == "critical"]) > 1
 

@@ -79,6 +79,11 @@ class StoredFold:
             self.running.discard(event.session)
 
     @property
+    def at_end(self) -> bool:
+        """Whether the last ``advance`` folded all that was there by then."""
+        return self._log.at_end
+
+    @property
     def skipped(self) -> int:
         """Records of the log that could not be read."""
         return self._log.skipped

@@ -33,6 +33,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, record: bool = False) -> None:
         self.folder = folder
+        self.at_end = False  # whether the last poll gave all that was there
         self._record = record
         self._readers: Dict[str, SessionReader] = {}
         self._ahead: Dict[str, List[Event]] = {}  # read, but later than what was released
@@ -84,6 +85,7 @@ class RunLog:
 
     def poll(self, limit: int = 1024) -> List[Event]:
         """Up to about ``limit`` events that are there by now, in order; empty: none more yet."""
+        self.at_end = False
         while self._script:
             session, upto = self._script[-1]
             reader = self._readers.get(session)
@@ -148,6 +150,7 @@ class RunLog:
             self._unordered = merged  # an error now must not lose them
             self._write_order(merged)
             self._unordered = []
+        self.at_end = cut is None
         return merged
 
     def _load_order(self) -> None:

@@ -17,12 +17,26 @@ STEP_S = 0.004  # a step takes at least this long, as a real one would
 
 
 def main(scenario: str, folder: str) -> None:
-    """A rank that torchrun started."""
+    """A rank that torchrun started. The first time it fails, before it needs torch (a slow import)."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        _fail()
     import torch.distributed
 
     torch.distributed.init_process_group("gloo")
     _run(scenario, torch.distributed.get_rank(), Path(folder))
     torch.distributed.destroy_process_group()
+
+
+def _fail() -> None:
+    from plarv import Argus
+
+    argus = Argus(mode="AUTO")
+    for step in range(30):
+        argus.step(2.0 + 0.01 * (step % 5), 1.0)
+        time.sleep(STEP_S)
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("this rank fails once")
+    time.sleep(60.0)  # until torchrun ends it
 
 
 def spawned(rank: int, scenario: str, folder: str, port: int) -> None:
@@ -111,12 +125,13 @@ class _Job:
         self.found["lrs"] = self.lrs
 
     def _step(self, step: int, loss: Any) -> None:
-        if self.scenario == "pause" and step >= FAULT_AT:
+        dies = self.scenario in ("pause", "restart")
+        if dies and step >= FAULT_AT:
             loss = loss * float("nan")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if step == FAULT_AT and self.scenario != "pause":
+        if step == FAULT_AT and not dies:
             for group in self.optimizer.param_groups:
                 group["lr"] = 3.0
         self.argus.step(loss)
@@ -152,9 +167,7 @@ class _Job:
         self.ends_after = FAULT_AT + 300
 
     def _restart(self, step: int) -> None:
-        if self.rank == 1 and step == 30 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            raise RuntimeError("this rank fails once")
-        self._lower(step)
+        pass
 
 
 if __name__ == "__main__":

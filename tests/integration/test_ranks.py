@@ -95,8 +95,11 @@ def steps_applied(run: Path, kind: str) -> Dict[int, List[Tuple[int, Any]]]:
     return found
 
 
-def check_that_the_rate_was_lowered(run: Path, found: List[Dict[str, Any]]) -> None:
-    """At one step on both ranks, and both have the same weights to the last bit."""
+def test_a_rate_is_lowered_at_one_step_and_the_weights_stay_equal(tmp_path: Path) -> None:
+    run, found, codes = spawn("lower", tmp_path)
+    assert codes == [0, 0]
+    ranks_of_files = [file.rank for files in segments_of(run).values() for file in files]
+    assert sorted(ranks_of_files) == [0, 1]
     assert {each["run_id"] for each in found} == {run.name}
     assert found[0]["lrs"] == found[1]["lrs"]
     assert found[0]["lrs"][-1] == 1e-3 < 3.0 == max(found[0]["lrs"])
@@ -108,14 +111,6 @@ def check_that_the_rate_was_lowered(run: Path, found: List[Dict[str, Any]]) -> N
     assert "SET_LR" in [action["kind"] for action in actions]
     assert (verdicts, actions) == replayed_records(run)
     assert {event.world_size for event in steps_of(run)} == {2}
-
-
-def test_a_rate_is_lowered_at_one_step_and_the_weights_stay_equal(tmp_path: Path) -> None:
-    run, found, codes = spawn("lower", tmp_path)
-    assert codes == [0, 0]
-    ranks_of_files = [file.rank for files in segments_of(run).values() for file in files]
-    assert sorted(ranks_of_files) == [0, 1]
-    check_that_the_rate_was_lowered(run, found)
 
 
 def test_spawned_ranks_share_a_run_and_all_leave_at_one_step(
@@ -173,8 +168,12 @@ def test_torchrun_restarts_the_ranks_into_the_runs_next_attempt(tmp_path: Path) 
     """The rendezvous has no id of its own here, and gives the ranks a fresh store each time."""
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
     run, found = torchrun("restart", tmp_path, "--max-restarts", "1", *rendezvous)
-    check_that_the_rate_was_lowered(run, found)
+    assert {each["run_id"] for each in found} == {run.name}
+    assert found[0]["paused_at"] == found[1]["paused_at"]
+    assert found[0]["paused_at"] is not None
     started = controls(run, "session_started")
     places = [(event.rank, event.data["restart_count"]) for event in started]
     assert sorted(places) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert {action["attempt"] for action in live_records(run)[1]} == {2}
+    verdicts, actions = live_records(run)
+    assert (verdicts, actions) == replayed_records(run)
+    assert [action["attempt"] for action in actions if action["kind"] == "PAUSE"] == [2]

@@ -110,6 +110,24 @@ def test_a_warm_up_is_not_mistaken_for_a_learning_rate_that_jumped() -> None:
     assert action.parameters == {"lr": 5e-4}
 
 
+def test_a_jump_soon_after_the_warm_up_is_set_back_to_the_rate_before_it() -> None:
+    run = Run()
+    for step in range(40):
+        run.advance(lr=8e-4 * (step + 1) / 40)
+    run.advance_by(10, lr=8e-4)
+    run.advance_by(3, lr=0.048)
+    (action,) = run.advance(DIVERGED, lr=0.048)
+    assert action.parameters == {"lr": 8e-4}
+
+
+def test_the_first_steps_of_a_warm_up_are_no_jump() -> None:
+    run = Run()
+    for step in range(30):
+        run.advance(lr=1e-5 * (step + 1))
+    (action,) = run.advance(DIVERGED, lr=3e-4)
+    assert action.parameters == {"lr": 1.5e-4}
+
+
 def test_lowerings_keep_their_distance_and_have_a_budget() -> None:
     run = Run()
     run.advance_by(100)

@@ -156,7 +156,7 @@ def test_without_torch_or_matplotlib_it_says_what_to_install(module: str, tmp_pa
 
 def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--steps", "12"]) == 2
-    assert capsys.readouterr().err == "argus: --steps must be at least 150, not 12\n"
+    assert capsys.readouterr().err == "argus: --steps must be at least 300, not 12\n"
 
 
 def test_a_disabled_argus_is_refused_before_anything_is_trained(

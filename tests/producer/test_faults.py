@@ -10,15 +10,15 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
 from plarv import Argus, ArgusError, faults, lifecycle
-from plarv.client import Argus as Client
 from plarv_processors.stored_fold import base_of, fold_rest
 from plarv_processors.engine import Engine
 from plarv_schemas import journal_writer
+from plarv_schemas.journal import CORE_SIZE, pack_full
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.run_log import read_run
 from tests.producer.runs import (
@@ -214,12 +214,15 @@ class Interrupted(BaseException):
     """Comes out of a signal's handler, as KeyboardInterrupt does."""
 
 
+_TRACED = ("client.py", "recorder.py", "journal_writer.py", "journal.py")
+
+
 def _interrupt_at(opcode: int) -> Any:
     """A trace function that raises at the ``opcode``-th instruction of the SDK and the journal."""
     left = itertools.count(opcode, -1)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(("client.py", "recorder.py", "journal_writer.py")):
+        if not frame.f_code.co_filename.endswith(_TRACED):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and next(left) == 0:
@@ -229,52 +232,61 @@ def _interrupt_at(opcode: int) -> Any:
     return trace
 
 
+def _is_interrupted(opcode: int, call: Callable[[], object]) -> bool:
+    before = sys.gettrace()
+    sys.settrace(_interrupt_at(opcode))
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
 @pytest.mark.parametrize("more", [{}, {"epoch": 1.0}], ids=["short way", "long way"])
-@pytest.mark.parametrize(
-    ("is_full", "stride"), [(False, 1), (True, 23)], ids=["within a segment", "into the next"]
-)
-def test_an_interrupt_at_any_instruction_leaves_no_hole_in_the_log(
-    is_full: bool, stride: int, more: Dict[str, float]
+def test_an_interrupt_at_any_instruction_of_a_step_leaves_no_hole_in_the_log(
+    more: Dict[str, float],
 ) -> None:
     argus = Argus(silent=True)
-    writer = argus._writer
-    was_interrupted = True
-    opcode = trials = 0
-    while was_interrupted:
-        if is_full:  # no room: the next one goes into another segment
-            until(lambda: writer.ready >= 1)
-            until(lambda: argus.decision.step in (None, argus._next_step - 1))
-            _fill(argus)
-        before = sys.gettrace()
-        sys.settrace(_interrupt_at(opcode))
-        try:
-            argus.step(2.5, **more)
-            was_interrupted = False
-        except Interrupted:
-            pass
-        finally:
-            sys.settrace(before)
+    trials = 0
+    while _is_interrupted(trials, lambda: argus.step(2.5, **more)):
         argus.step(2.0, **more)
-        opcode += stride
         trials += 1
+    argus.step(2.0, **more)
     argus.complete()
+    assert trials > 20
     events = events_of(argus)
-    assert trials > 10
     assert [event.record for event in events] == list(range(len(events)))
-    completed = [step for step in steps_of(argus) if step.loss == 2.0]
-    assert len(completed) == trials
+    assert [step.loss for step in steps_of(argus)].count(2.0) == trials + 1
     assert controls_of(argus, "session_finished")
 
 
-def _fill(argus: Client) -> None:
-    """Leaves no room in the segment that is being written."""
-    writer = argus._writer
-    room = writer.segment_bytes - writer.position
-    while room > 500_000:
-        argus.step(1.0, sample_losses=[0.0] * 60_000)
-        room = writer.segment_bytes - writer.position
-    if room > 400:
-        argus.step(1.0, sample_losses=[0.0] * ((room - 200) // 8))
+def test_an_interrupt_at_any_instruction_of_a_change_of_segments_leaves_no_hole(
+    tmp_path: Path,
+) -> None:
+    writer = journal_writer.JournalWriter(
+        tmp_path, run_id="run", session="0123456789abcdef", rank=0, world_size=1, segment_bytes=8192
+    )
+
+    def append(step: int) -> bool:
+        return writer.append(pack_full(writer.record, 1_000 * step, step, {"loss": 2.5})[0])
+
+    trials = step = 0
+    was_interrupted = True
+    while was_interrupted:
+        writer.prepare()
+        while writer.segment_bytes - writer.position >= CORE_SIZE:
+            step += 1
+            assert append(step)
+        was_interrupted = _is_interrupted(trials, lambda: append(-1))
+        writer.settle()
+        trials += 1
+    writer.close()
+    assert trials > 100
+    events = events_of(tmp_path)
+    assert [event.record for event in events] == list(range(len(events)))
+    assert [each.step for each in steps_of(tmp_path) if each.step > 0] == list(range(1, step + 1))
 
 
 # -- detectors of others

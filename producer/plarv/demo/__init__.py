@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["add_options", "main", "run"]
 
 _PICTURE = Path("demo", "argus-demo.png")
-_LEAST_STEPS = 150  # detectors need a past, and a recovery takes its time
+_LEAST_STEPS = 300  # the injury comes well after the warm-up, and a recovery takes its time
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

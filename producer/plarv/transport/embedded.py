@@ -149,7 +149,7 @@ class EmbeddedTransport:
         more = True
         while more:
             count, records = fold.advance(_CHUNK)
-            more = count > 0
+            more = count > 0 and not fold.at_end
             self._deliver(records, None)
             if more and time.monotonic() >= until:
                 break
