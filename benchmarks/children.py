@@ -69,8 +69,11 @@ class Child:
     def end(self) -> float:
         """Lets the child come to its end; the time (monotonic) at which it had."""
         process = self._process
-        if process.stdin is not None and not process.stdin.closed:
-            process.stdin.close()
+        try:
+            if process.stdin is not None:
+                process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended before
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:  # the other SDK at its exit

@@ -49,9 +49,9 @@ class Row(NamedTuple):
 class Floor:
     """The least that a step can cost which leaves its numbers where another thread finds them.
 
-    One clock read, one ``struct.pack_into`` into a mapped file (of as many bytes as a step takes in the
-    journal) and one ``deque.append``. The loop that measures it writes these three out in place: a
-    call would be dearer than they are.
+    One clock read, one ``struct.pack_into`` into a mapped file (of as many bytes as a step takes in
+    the journal) and one ``deque.append``. The loop that measures it writes these three out in
+    place: a call would be dearer than they are.
     """
 
     record_bytes = 56  # head, clock, step, loss, grad_norm, learning rate, record number

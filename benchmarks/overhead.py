@@ -65,7 +65,7 @@ def main() -> None:
             *paused_steps(packages, int(10_000 * scale)),
             *tight_steps(packages, int(100_000 * scale)),
             *training_steps(packages, 10, max(10, int(100 * scale))),
-            *cpu_time(max(2, int(16 * scale))),
+            *cpu_time(int(120 * scale)),
             *resident_memory(packages, int(1_000_000 * scale)),
             import_time(),
             exit_time(int(200_000 * scale)),
@@ -162,31 +162,25 @@ def cpu_time(pairs: int) -> List[Row]:
 
 
 def _cpu_row(workload: str, what: str, pairs: int) -> Row:
-    steps, warm_up = 200, 64
-    added: List[float] = []
-    cpu: List[float] = []
-    threads: List[float] = []
+    found: List[Any] = []
     bar = Progress(what, pairs)
     with Child(our_package(), workload) as child:
-        child.ask(count=20, warm_up=0, watched=True)
-        for pair in range(pairs):
-            found: Dict[bool, Dict[str, float]] = {}
-            for watched in (True, False) if pair % 2 else (False, True):
-                found[watched] = child.ask(count=steps, warm_up=warm_up, watched=watched)
-            cpu.append(found[False]["cpu_us"])
-            added.append(found[True]["cpu_us"] / cpu[-1] - 1.0)
-            threads.append(found[True]["threads_us"])
+        for _ in range(pairs):
+            found.append(child.ask(count=40))
             bar.add()
     bar.close()
-    share, bare, engine = median(added) * 100, median(cpu), median(threads)
+    bare = median([pair["without_us"] for pair in found])
+    own = median([pair["with_us"] - pair["without_us"] for pair in found])
+    engine = median([pair["engine_us"] for pair in found])
+    share = (own + engine) / bare * 100
     return at_most(
         what,
-        f"{share:+.2f} % (engine {engine:.0f} us of {bare:.0f})",
+        f"{share:.2f} % (engine {engine:.0f}, loop {own:+.0f} of {bare:,.0f} us)",
         share,
         1.0,
         "%",
-        spread_percent=(percentile(added, 0.75) - percentile(added, 0.25)) * 100,
         engine_us=engine,
+        loop_us=own,
         step_cpu_us=bare,
     )
 

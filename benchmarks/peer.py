@@ -17,6 +17,7 @@ from children import Package, clean_environment
 __all__ = ["PEER", "Stub", "install"]
 
 PEER = "plarv-argus-sdk==1.1.2"
+_NEEDED = (PEER, "numpy")  # it declares no dependency, and imports numpy
 _ANSWER = b'{"action": "CONTINUE", "harm_pressure": 0, "status": "Active", "exists": true}'
 
 
@@ -80,19 +81,11 @@ def install(stub: Stub) -> Package:
     python = folder / "bin" / "python"
     if not _imports(python):
         _run([sys.executable, "-m", "venv", "--clear", str(folder)], [])
-        uv = [
-            sys.executable,
-            "-m",
-            "uv",
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            str(python),
-            PEER,
-        ]
-        pip = [str(python), "-m", "pip", "install", "--quiet", PEER]
+        uv = [sys.executable, "-m", "uv", "pip", "install", "-q", "--python", str(python), *_NEEDED]
+        pip = [str(python), "-m", "pip", "install", "-q", *_NEEDED]
         _run(uv, pip)
+        if not _imports(python):
+            raise RuntimeError("it is installed and cannot be imported")
     environment = clean_environment()
     environment["PLARV_API_URL"] = stub.url
     return Package(PEER.replace("==", " "), str(python), environment, _torch_paths())
@@ -101,11 +94,13 @@ def install(stub: Stub) -> Package:
 def _imports(python: Path) -> bool:
     if not python.exists():
         return False
-    command = [str(python), "-c", "import plarv"]
-    environment = clean_environment()
-    return (
-        subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    done = subprocess.run(
+        [str(python), "-c", "import plarv"],
+        env=clean_environment(),
+        capture_output=True,
+        check=False,
     )
+    return done.returncode == 0
 
 
 def _run(command: List[str], otherwise: List[str]) -> None:

@@ -35,16 +35,31 @@ class LiveRun:
         run_id: str = "run",
         ranks: int = 1,
         mode: str = "MANUAL",
+        *,
+        first_rank: int = 0,
+        world_size: int = 0,
+        behind_ns: int = 0,
         **arguments: Any,
     ) -> None:
+        """``first_rank`` and ``world_size``: where other nodes have ranks too.
+
+        ``behind_ns``: the clocks of all ranks but the first are behind by so much, so that what
+        comes later was earlier.
+        """
+        clock_ns = time.time_ns
         self.ranks: List[Argus] = []
         self.paused = False
         for rank in range(ranks):
             with patch.context() as environment:
                 if ranks > 1:
-                    for name, value in _environment(rank, ranks).items():
-                        environment.setenv(name, value)
-                self.ranks.append(Argus(run_id=run_id, mode=mode, silent=True, **arguments))
+                    environment.setenv("RANK", str(first_rank + rank))
+                    environment.setenv("LOCAL_RANK", str(rank))
+                    environment.setenv("WORLD_SIZE", str(world_size or ranks))
+                    environment.setenv("LOCAL_WORLD_SIZE", str(ranks))
+                if rank > 0:
+                    environment.setattr(time, "time_ns", lambda: clock_ns() - behind_ns)
+                arguments.setdefault("silent", True)
+                self.ranks.append(Argus(run_id=run_id, mode=mode, **arguments))
 
     @property
     def folder(self) -> Path:
@@ -68,26 +83,28 @@ class LiveRun:
         except ArgusPause:
             self.paused = True
 
-    def catch_up(self, step: int) -> None:
-        """Waits until the engine has folded ``step``."""
+    def catch_up(self) -> None:
+        """Waits until the engine has folded all that the ranks have written."""
         until = time.monotonic() + _LIMIT_S
-        while (self.ranks[0].decision.step or -1) < step:
+        while not self._caught_up():
             assert time.monotonic() < until, f"stands at {self.ranks[0].decision.step}"
             time.sleep(0.002)
+
+    def _caught_up(self) -> bool:
+        fold: Any = self.ranks[0]._session.transport._fold  # type: ignore[union-attr]
+        if fold is None:
+            return False
+        readers, settled = dict(fold._log._readers), fold._log.settled
+        writers: List[Any] = [rank._writer for rank in self.ranks]
+        return settled and all(
+            writer.session in readers and readers[writer.session].record >= writer.record
+            for writer in writers
+        )
 
     def complete(self) -> None:
         """Followers first: the leader folds what they leave."""
         for rank in reversed(self.ranks):
             rank.complete()
-
-
-def _environment(rank: int, ranks: int) -> Dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
 
 
 def _report(event: StepEvent) -> Optional[Dict[str, Any]]:

@@ -17,7 +17,7 @@ STEP_S = 0.004  # a step takes at least this long, as a real one would
 
 
 def main(scenario: str, folder: str) -> None:
-    """A rank that torchrun started. The first time it fails, before it needs torch (a slow import)."""
+    """A rank that torchrun started. The first time it fails, before the slow import of torch."""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         _fail()
     import torch.distributed
@@ -43,10 +43,11 @@ def spawned(rank: int, scenario: str, folder: str, port: int) -> None:
     """A rank that knows of its job what torch.distributed knows, and nothing from its
     environment.
     """
-    import torch.distributed as distributed
+    import torch.distributed
 
     os.environ["ARGUS_DIR"] = folder
-    store: Any = distributed.TCPStore("127.0.0.1", port, 2, False)
+    distributed: Any = torch.distributed
+    store = distributed.TCPStore("127.0.0.1", port, 2, False)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     _run(scenario, rank, Path(folder))
     distributed.destroy_process_group()
@@ -82,7 +83,7 @@ class _Descent:
     """Gradient descent, without anything that torch's optimizers do besides."""
 
     def __init__(self, weights: Any, lr: float) -> None:
-        self.param_groups = [{"params": list(weights), "lr": lr}]
+        self.param_groups: List[Dict[str, Any]] = [{"params": list(weights), "lr": lr}]
 
     def zero_grad(self) -> None:
         for weight in self.param_groups[0]["params"]:

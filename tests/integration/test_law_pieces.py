@@ -1,4 +1,4 @@
-"""Live equals replay, however a run's log is cut into pieces: polls, snapshots, removed segments."""
+"""Live equals replay, however a run's log is cut: polls, snapshots, segments that were removed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Iterator, List
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.integration.law import Records, fold, live_records, replayed_records
+from tests.integration.live import LiveRun, stream
 
 from plarv_processors.engine import Engine
 from plarv_processors.stored_fold import StoredFold, base_of
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.run_log import read_run
-from tests.integration.law import Records, fold, live_records, replayed_records
-from tests.integration.live import LiveRun, stream
 
 PIECES = st.lists(
     st.tuples(st.integers(1, 700), st.sampled_from(["go on", "save", "save and reopen", "reopen"])),
@@ -25,9 +25,9 @@ PIECES = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of three attempts whose log was folded by nobody yet: two in one session, then one more."""
+    """A run of three attempts in two sessions, whose log nobody has folded yet."""
     place = tmp_path_factory.mktemp("pieces")
     ranks: int = request.param
     chance = random.Random(ranks)
@@ -107,7 +107,7 @@ def test_a_run_whose_old_segments_were_removed_replays_from_where_its_log_begins
                 step = event.step + 620 * seed
                 run.feed([event._replace(step=step, sample_entropies=heavy)])
                 if step % 100 == 0:  # a loop quicker than the disk would keep steps in memory
-                    run.catch_up(step - 1)
+                    run.catch_up()
         run.complete()
     files = [file.segment for session in segments_of(run.folder).values() for file in session]
     assert 0 not in files

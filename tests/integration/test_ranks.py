@@ -21,7 +21,7 @@ from plarv_schemas.events import StepEvent
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.run_log import read_run
 
-torch: Any = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0
@@ -29,9 +29,8 @@ LIMIT_S = 120.0
 
 def spawn(scenario: str, folder: Path) -> Tuple[Path, List[Dict[str, Any]], List[int]]:
     """Two processes, started by hand: the run's folder, what they wrote down, how they ended."""
-    import torch.distributed as distributed
-
-    store: Any = distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    distributed: Any = pytest.importorskip("torch.distributed")
+    store = distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "torch._dynamo"])  # imported only once
     processes = [

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional
 __all__ = ["ROOT", "environment", "run", "start"]
 
 ROOT = Path(__file__).parents[2]
-_SOURCES = [str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks")]
+_SOURCES = [str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks", ".")]
 _TIMEOUT_S = 120
 
 

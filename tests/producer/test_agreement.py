@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import random
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import pytest
 
@@ -75,6 +75,7 @@ class Rank:
         self.optimizer: Optional[Optimizer] = Optimizer()
         self.agreement = agreement(store, rank, world_size)
         self.reports: List[Tuple[str, int, Any]] = []
+        self.meanwhile: Callable[[], None] = lambda: None  # what threads do between take and apply
         self.interventions = Interventions(
             auto=True,
             accept_operator=False,
@@ -89,6 +90,7 @@ class Rank:
     def step(self, step: int, *received: Action) -> None:
         for action in received:
             self.interventions.take(action, step)
+        self.meanwhile()
         self.interventions.apply(step)
 
     @property
@@ -139,6 +141,7 @@ def test_a_rank_that_is_a_step_ahead_and_too_late_cannot_make_the_others_act() -
     """It must not even say that it has the action: the others might act on that word."""
     store = Store()
     behind, ahead = Rank(store, 0), Rank(store, 1)
+    ahead.meanwhile = lambda: tend([behind, ahead])
     behind.step(APPLY_STEP - 1, make_action())
     ahead.step(APPLY_STEP + 1, make_action())
     tend([behind, ahead])
@@ -203,6 +206,13 @@ def test_in_every_interleaving_all_ranks_act_or_none_does(world_size: int) -> No
     for _ in range(400):
         store, action = Store(), make_action(apply_step=4)
         ranks = [Rank(store, rank, world_size) for rank in range(world_size)]
+
+        def threads(ranks: List[Rank] = ranks) -> None:  # in the background, whenever they like
+            for _ in range(chance.randrange(4)):
+                chance.choice(ranks).agreement.tend()
+
+        for each in ranks:
+            each.meanwhile = threads
         hears = [chance.randrange(7) for _ in ranks]  # the step at which each hears of the action
         steps = [0] * world_size
         turns = [rank for rank in range(world_size) for _ in range(8)]
@@ -210,8 +220,7 @@ def test_in_every_interleaving_all_ranks_act_or_none_does(world_size: int) -> No
         for rank in turns:
             ranks[rank].step(steps[rank], *([action] if steps[rank] == hears[rank] else []))
             steps[rank] += 1
-            for _ in range(chance.randrange(4)):  # background threads, whenever they like
-                ranks[chance.randrange(world_size)].agreement.tend()
+            threads()
         done = {kind for rank in ranks for kind in rank.kinds}
         assert len(done) == 1, [rank.reports for rank in ranks]
         if done == {"action_applied"}:

@@ -580,15 +580,15 @@ def test_a_decision_says_which_step_it_stands_on_and_what_is_open() -> None:
     assert isinstance(decision, Decision)
     assert decision == argus.decision
     assert (decision.step, decision.attempt, decision.ok) == (last + 1, 1, False)
-    (verdict,) = decision.verdicts
-    assert (verdict.detector, verdict.step) == ("loss_spike", last + 1)
+    (verdict,) = [v for v in decision.verdicts if v.detector == "loss_spike"]
+    assert verdict.step == last + 1
     assert 0.0 < decision.harm_pressure <= 3.0
     assert decision.newest_action is not None
     assert decision.reason == decision.newest_action.reason
     data = decision.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert set(data) == set(Decision._fields)
-    assert data["verdicts"][0]["id"] == verdict.id
+    assert verdict.id in [each["id"] for each in data["verdicts"]]
 
 
 def test_what_the_engine_found_live_is_what_a_replay_finds() -> None:

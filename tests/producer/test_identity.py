@@ -9,10 +9,10 @@ import sys
 from typing import Dict, List, Optional
 
 import pytest
+from tests.producer.processes import environment
 
 from plarv.exceptions import ArgusConfigurationError
 from plarv.identity import Identity, discover, validate_run_id
-from tests.producer.processes import environment
 
 Env = Dict[str, str]
 

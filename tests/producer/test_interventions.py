@@ -7,14 +7,6 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import pytest
-
-from plarv import Argus, ArgusHalt, ArgusPause
-from plarv.cli import main
-from plarv.faults import Faults
-from plarv.interventions import Interventions
-from plarv.learning_rate import LearningRateCap
-from plarv.orders import OrderError, order
-from plarv_schemas.events import Action, ActionKind
 from tests.producer.runs import (
     caught_up,
     controls_of,
@@ -25,6 +17,14 @@ from tests.producer.runs import (
     steps_of,
     until,
 )
+
+from plarv import Argus, ArgusHalt, ArgusPause
+from plarv.cli import main
+from plarv.faults import Faults
+from plarv.interventions import Interventions
+from plarv.learning_rate import LearningRateCap
+from plarv.orders import OrderError, order
+from plarv_schemas.events import Action, ActionKind
 
 Told = List[Tuple[str, int, Mapping[str, Any]]]
 
@@ -408,7 +408,9 @@ def test_a_run_that_lies_in_the_fallback_folder_is_found_paused_and_resumed_ther
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("ARGUS_DIR", str(tmp_path / "file" / "below"))
     argus = Argus(run_id="dead", mode="AUTO", silent=True)
-    assert folder_of(argus).is_relative_to(tmp_path) if hasattr(tmp_path, "is_relative_to") else True
+    assert (
+        folder_of(argus).is_relative_to(tmp_path) if hasattr(tmp_path, "is_relative_to") else True
+    )
     dies(argus)
     with pytest.raises(ArgusPause), argus:
         argus.step(math.nan)
@@ -416,5 +418,3 @@ def test_a_run_that_lies_in_the_fallback_folder_is_found_paused_and_resumed_ther
         Argus(run_id="dead")
     assert main(["resume", "dead"]) == 0
     Argus(run_id="dead", silent=True).complete()
-
-

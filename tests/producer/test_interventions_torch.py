@@ -7,10 +7,10 @@ from typing import Any, Callable, Dict
 
 import pytest
 import torch
+from tests.producer.runs import caught_up, controls_of, folder_of, recorded, replayed, steps_of
 from torch.optim import lr_scheduler
 
 from plarv import Argus, ArgusPause
-from tests.producer.runs import caught_up, controls_of, folder_of, recorded, replayed, steps_of
 
 JUMP = 150
 LOW, HIGH = 1e-3, 6e-2
