@@ -46,8 +46,8 @@ class LearningRates:
     def before(self, jump: float, held: int) -> Optional[float]:
         """The rate before the newest rise by ``jump`` from one step to the next; None without one.
 
-        It must have been held for ``held`` steps (give or take ``jump``), so that the first steps of
-        a warm-up, each a multiple of the last, are no jump.
+        It must have been held for ``held`` steps (give or take ``jump``), so that the first steps
+        of a warm-up, each a multiple of the last, are no jump.
         """
         rates = self._rates
         ordered = rates[self._next :] + rates[: self._next]
@@ -65,7 +65,8 @@ class LearningRates:
 
     def lowered(self, factor: float, jump: float, held: int) -> Tuple[Dict[str, Any], str]:
         """The parameters of a SET_LR, and why it is that rate: back to what it was where it had
-        jumped, else ``factor`` of what it is."""
+        jumped, else ``factor`` of what it is.
+        """
         now, before = self.now(), self.before(jump, held)
         if now is None or not now > 0.0:
             return {"factor": factor}, f"lower the learning rate to {factor:g} of what it is"

@@ -267,9 +267,7 @@ class Policy:
         if kind in ("WARN", "CHECKPOINT"):
             return parameters, why
         if kind == "SET_LR":
-            parameters, how = self._rates.lowered(
-                config.lr_factor, config.lr_jump, config.lr_held
-            )
+            parameters, how = self._rates.lowered(config.lr_factor, config.lr_jump, config.lr_held)
             why = f"{why}; {how}"
             self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
             self._lowerings += 1

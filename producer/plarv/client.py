@@ -63,7 +63,7 @@ class Argus:
         num_layers: Optional[int] = None,
         hidden_dim: Optional[int] = None,
         dtype: Any = None,
-        checkpoint_dir: Union[str, "Path", None] = None,
+        checkpoint_dir: Union[str, Path, None] = None,
         silent: Optional[bool] = None,
         fail_open: bool = False,
         catch_exceptions: bool = True,
@@ -98,8 +98,8 @@ class Argus:
         self,
         loss: Any,
         grad_norm: Any = None,
-        # By name, please, all of these. They are not keyword-only because CPython then looks up every
-        # default in a dict: a fifth of a step's time, more where caches are cold.
+        # By name, please, all of these. They are not keyword-only because CPython then looks up
+        # every default in a dict: a fifth of a step's time, more where caches are cold.
         step: Optional[int] = None,
         local_report: Any = None,
         perplexity: Any = None,
@@ -122,10 +122,10 @@ class Argus:
     ) -> Decision:
         """Reports one optimizer step; returns the newest decision that the engine has reached.
 
-        ``loss`` is a number, a numpy scalar or a tensor with one element, on any device; it is never
-        waited for. Steps count from ``start_step`` where ``step`` is not given. ``grad_norm`` is the
-        L2 norm before clipping; left out, it is measured where a model is known. Timings are in
-        milliseconds, ``sample_*`` hold one value a sample.
+        ``loss`` is a number, a numpy scalar or a tensor with one element, on any device; it is
+        never waited for. Steps count from ``start_step`` where ``step`` is not given. ``grad_norm``
+        is the L2 norm before clipping; left out, it is measured where a model is known. Timings are
+        in milliseconds, ``sample_*`` hold one value a sample.
 
         Raises ArgusPause and ArgusHalt, where opted in; nothing else unless
         ``catch_exceptions=False``. Bad values are left out and counted.
@@ -184,7 +184,8 @@ class Argus:
         )  # fmt: skip
 
     def complete(self, status: str = "completed") -> None:
-        """Ends the run: folds what is left, within ``ARGUS_SHUTDOWN_TIMEOUT``, and says what happened.
+        """Ends the run: folds what is left, within ``ARGUS_SHUTDOWN_TIMEOUT``, and says what
+        happened.
 
         Harmless when called twice. ``status`` is kept with the run: completed, failed, stopped, …
         """
@@ -205,7 +206,7 @@ class Argus:
         """The newest decision, without a step."""
         return self._decision
 
-    def __enter__(self) -> "Argus":
+    def __enter__(self) -> Argus:
         return self
 
     def __exit__(
@@ -249,7 +250,7 @@ class Argus:
             session.intervene(number)
         except ArgusIntervention:
             raise
-        except Exception as error:  # noqa: BLE001 - the one place where our errors end
+        except Exception as error:  # the one place where our errors end
             if not self._catch:
                 raise error if isinstance(error, ArgusError) else ArgusError(str(error)) from error
             session.faults.count("step() failed", error)

@@ -84,7 +84,8 @@ def step_number(value: Any) -> Optional[int]:
 
 def _to_float(value: Any) -> float:
     """A number, a numpy scalar, or a tensor with one element. TypeError on anything else: a string
-    is no number here, though ``float("1")`` would take it."""
+    is no number here, though ``float("1")`` would take it.
+    """
     if isinstance(value, (str, bytes, bytearray, list, tuple, dict)) or value is None:
         raise TypeError("not a number")
     item = getattr(value, "item", None)

@@ -1,4 +1,6 @@
-"""The detectors, for those who write their own: what ``plarv_processors.detectors`` has, at first use."""
+"""The detectors, for those who write their own: what ``plarv_processors.detectors`` has, at first
+use.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ class ArgusIntervention(ArgusError):
 
 
 class ArgusPause(ArgusIntervention):
-    """The engine asks to pause. The run's next attempt may start once `argus resume RUN` lifts it."""
+    """The engine asks to pause. The run's next attempt may start once `argus resume RUN` lifts
+    it.
+    """
 
 
 class ArgusCheckpoint(ArgusIntervention):

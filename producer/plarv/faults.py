@@ -17,7 +17,9 @@ _MAX_CAUSES = 64
 
 
 class Faults:
-    """Counts of what went wrong or was lost, by cause. Taken in by any thread, printed at the end."""
+    """Counts of what went wrong or was lost, by cause. Taken in by any thread, printed at the
+    end.
+    """
 
     __slots__ = ("counts",)
 
@@ -26,6 +28,8 @@ class Faults:
 
     def count(self, cause: str, error: Optional[BaseException] = None) -> None:
         """One more of ``cause``; the first one of an ``error`` is logged with its traceback."""
+        if error is not None:
+            cause = f"{cause} ({type(error).__name__})"
         if cause not in self.counts and len(self.counts) >= _MAX_CAUSES:
             cause = "other faults"
         seen = self.counts.get(cause, 0)

@@ -34,7 +34,7 @@ def run_folder(run_id: str) -> Path:
 
 
 def places(run_id: str) -> Tuple[Path, Path]:
-    """Where a run may lie: in ARGUS_DIR, or where that cannot be written to, in the temporary folder."""
+    """Where a run may lie: in ARGUS_DIR, or where that is read-only, in the temporary folder."""
     fallback = Path(tempfile.gettempdir()) / f"argus-{os.getuid()}" / "runs" / run_id
     return run_folder(run_id), fallback
 

@@ -30,7 +30,8 @@ class _Watched(Protocol):
     def _after_fork(self) -> None: ...
 
 
-# Strong references: an Argus that the script dropped still has a journal to end. complete() forgets it.
+# Strong references: an Argus that the script dropped still has a journal to end. complete() forgets
+# it.
 _live: Set[Any] = set()
 _hooked = False
 

@@ -14,7 +14,8 @@ _MAX_LAYERS = 8
 def local_columns(report: Any) -> Dict[str, Any]:
     """``local_levels``, ``local_scores``, ``local_layers`` of a report or of its ``to_dict()``.
 
-    A check that the report does not have is ok with a score of NaN. TypeError where it is no report.
+    A check that the report does not have is ok with a score of NaN. TypeError where it is no
+    report.
     """
     to_dict = getattr(report, "to_dict", None)
     data = _mapping(to_dict() if callable(to_dict) else report)

@@ -1,4 +1,6 @@
-"""An operator's order to a run of the embedded engine: written into its log, like any other event."""
+"""An operator's order to a run of the embedded engine: written into its log, like any other
+event.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ def order(run: str, kind: str, operator: Optional[str] = None) -> str:
     """Gives an order; one sentence on what became of it. OrderError: it could not be given.
 
     A training process that is alive takes it up with its engine (and obeys in AUTO mode, or with
-    ``accept_operator=True``). Where none is, the log is folded here and now, so that ``resume`` lifts
-    a pause for the next attempt.
+    ``accept_operator=True``). Where none is, the log is folded here and now, so that ``resume``
+    lifts a pause for the next attempt.
     """
     from plarv.transport.embedded import fold_rest  # the one that may look upward
 
@@ -53,7 +55,9 @@ def order(run: str, kind: str, operator: Optional[str] = None) -> str:
             world_size=0,
             segment_bytes=_SEGMENT_BYTES,
         )
-        written = writer.control("order", step=None, rank=None, data={"order": kind, "operator": who})
+        written = writer.control(
+            "order", step=None, rank=None, data={"order": kind, "operator": who}
+        )
         writer.close()
         if not written:
             raise OrderError(f"the order could not be written to {folder}")

@@ -1,4 +1,6 @@
-"""The constructor's arguments, checked: a wrong one is an error that says which, why, and what to write."""
+"""The constructor's arguments, checked: a wrong one is an error that says which, why, and what to
+write.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _FLAGS = ("fail_open", "catch_exceptions")
 
 
 def check_arguments(given: Any) -> None:
-    """Raises ArgusConfigurationError for the first argument in the mapping ``given`` that is wrong."""
+    """Raises ArgusConfigurationError for the first argument in the mapping ``given`` that is
+    wrong.
+    """
     for name in _COUNTS:
         value = given[name]
         if value is not None and (isinstance(value, bool) or not _is_int(value) or value < 1):
@@ -41,8 +45,14 @@ def check_arguments(given: Any) -> None:
         if given[name] is not None and not isinstance(given[name], bool):
             raise ArgusConfigurationError(name, "must be True or False", given[name])
     timeout = given["step0_timeout"]
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise ArgusConfigurationError("step0_timeout", "must be a number of seconds above 0", timeout)
+    if (
+        isinstance(timeout, bool)
+        or not isinstance(timeout, (int, float))
+        or not 0 < timeout < math.inf
+    ):
+        raise ArgusConfigurationError(
+            "step0_timeout", "must be a number of seconds above 0", timeout
+        )
     if given["on_pause"] is not None and not callable(given["on_pause"]):
         raise ArgusConfigurationError("on_pause", "must be callable", given["on_pause"])
     brokers = given["brokers"]
@@ -65,7 +75,9 @@ def resolve_mode(value: Optional[str], parameter: str = "mode") -> str:
 def _check_objects(given: Any) -> None:
     optimizer, model = given["optimizer"], given["model"]
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise ArgusConfigurationError("optimizer", "must have param_groups, as torch's have", optimizer)
+        raise ArgusConfigurationError(
+            "optimizer", "must have param_groups, as torch's have", optimizer
+        )
     if model is not None and not callable(getattr(model, "parameters", None)):
         raise ArgusConfigurationError("model", "must have parameters(), as torch's have", model)
     scheduler = given["scheduler"]

@@ -26,7 +26,8 @@ from plarv_schemas.journal_writer import JournalWriter
 __all__ = ["Recorder"]
 
 _CORE_COLUMNS = frozenset({"loss", "grad_norm", "current_lr"})
-_MAX_UNDER_WAY = 512  # steps whose scalars a device still owes; an older one is written without them
+# steps whose scalars a device still owes; an older one is written without them
+_MAX_UNDER_WAY = 512
 _FLOAT32 = struct.Struct("<f")
 _INT64 = 1 << 63
 
@@ -44,8 +45,8 @@ class _Step(NamedTuple):
 class Recorder:
     """Brings a step's arguments to columns and writes them, in the order of the calls.
 
-    A scalar that lies on a device is copied without waiting; its step, and every later one behind it,
-    is written once the copy has come.
+    A scalar that lies on a device is copied without waiting; its step, and every later one behind
+    it, is written once the copy has come.
     """
 
     def __init__(

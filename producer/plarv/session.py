@@ -59,9 +59,7 @@ class Session:
         self.console = Console(silent or identity.local_rank != 0)
         self._on_pause = given["on_pause"]
         self._cap = LearningRateCap(self.faults)
-        self._signals = ModelSignals(
-            given["model"], given["optimizer"], self._cap, self.faults
-        )
+        self._signals = ModelSignals(given["model"], given["optimizer"], self._cap, self.faults)
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
         self._interventions = Interventions(
@@ -108,7 +106,9 @@ class Session:
         if self._closed:
             self.late += 1
             if self.late == 1:
-                self.console.say("step() after complete(): this step and later ones are not recorded")
+                self.console.say(
+                    "step() after complete(): this step and later ones are not recorded"
+                )
             return
         if self._batch_size is not None and given.get("batch_size") is None:
             given = {**given, "batch_size": self._batch_size}
@@ -139,9 +139,7 @@ class Session:
         finally:
             self._hold()
 
-    def close(
-        self, status: str, exception: Optional[str], begun: Optional[float] = None
-    ) -> None:
+    def close(self, status: str, exception: Optional[str], begun: Optional[float] = None) -> None:
         """Ends the session within ARGUS_SHUTDOWN_TIMEOUT, and prints the summary. Once.
 
         ``begun`` is the monotonic time from which several sessions that end together are timed.
@@ -158,9 +156,7 @@ class Session:
             self._recorder.close(self._timeout_s / 4)
         with guard:
             data = {"status": status, "exception": exception}
-            self.writer.control(
-                "session_finished", step=None, rank=self.identity.rank, data=data
-            )
+            self.writer.control("session_finished", step=None, rank=self.identity.rank, data=data)
             self.writer.hold(True)
         with guard:
             self._signals.close()
@@ -228,7 +224,8 @@ class Session:
             self._look_at_rate()
 
     def _look_at_rate(self) -> None:
-        """Finds the parameter group whose rate the short way reads: load_state_dict() makes new ones.
+        """Finds the parameter group whose rate the short way reads: load_state_dict() makes new
+        ones.
 
         A rate that is no plain number (a tensor) is left to the long way.
         """
@@ -251,7 +248,8 @@ class Session:
         text = "; ".join(note for note in notes if note)
         self.console.say(
             f"run {self.run_id} {status}: {self.writer.record} events, "
-            f"{self._records.get('verdicts', 0)} verdicts, {self._records.get('actions', 0)} actions"
+            f"{self._records.get('verdicts', 0)} verdicts, "
+            f"{self._records.get('actions', 0)} actions"
             + (f" ({text})" if text else "")
             + f". argus replay {self.folder}"
         )
@@ -334,7 +332,9 @@ def _address_note(given: Mapping[str, Any]) -> str:
     if settings.text("ARGUS_URL", url):
         return "the HTTP transport is not in this version: using the embedded engine"
     if settings.text("ARGUS_API_KEY", given["api_key"]):
-        return "an api_key without an address: using the embedded engine, nothing leaves this machine"
+        return (
+            "an api_key without an address: using the embedded engine, nothing leaves this machine"
+        )
     return ""
 
 

@@ -1,8 +1,8 @@
 """Every setting that is not an argument: argument > environment > ``[tool.argus]`` > default.
 
-``[tool.argus]`` is read from the ``pyproject.toml`` of the working folder, under the variable's name
-in lower case without its prefix (``ARGUS_JOURNAL_MAX_MB`` -> ``journal_max_mb``), on Python 3.11 and
-later.
+``[tool.argus]`` is read from the ``pyproject.toml`` of the working folder, under the variable's
+name in lower case without its prefix (``ARGUS_JOURNAL_MAX_MB`` -> ``journal_max_mb``), on Python
+3.11 and later.
 """
 
 from __future__ import annotations

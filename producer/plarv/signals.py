@@ -1,4 +1,6 @@
-"""What a step can tell without being told: gradient, update, learning rate, from what the loop holds."""
+"""What a step can tell without being told: gradient, update, learning rate, from what the loop
+holds.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,7 @@ class ModelSignals:
     to the parameters, and these to the optimizer that steps them. Everything is held weakly.
     """
 
-    def __init__(
-        self, model: Any, optimizer: Any, cap: LearningRateCap, faults: Faults
-    ) -> None:
+    def __init__(self, model: Any, optimizer: Any, cap: LearningRateCap, faults: Faults) -> None:
         self._faults = faults
         self._cap = cap
         self._optimizer: Callable[[], Any] = _reference(optimizer)
@@ -53,7 +53,9 @@ class ModelSignals:
         return found
 
     def fill(self, loss: Any, columns: Dict[str, Any]) -> None:
-        """Adds what is known beyond ``columns``; values may be tensors that nobody has waited for."""
+        """Adds what is known beyond ``columns``; values may be tensors that nobody has waited
+        for.
+        """
         if self._probe is None and self._looks_left > 0 and is_tensor(loss):
             _default(columns, "grad_norm", self._look(loss))
         probe = self._probe

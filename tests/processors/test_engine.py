@@ -28,7 +28,8 @@ def test_a_snapshot_at_any_place_changes_nothing(name: str) -> None:
     straight = Engine()
     expected = fold_all(straight, log)
     chance = random.Random(name)
-    engine, found = Engine(), []
+    engine = Engine()
+    found: List[object] = []
     for event in log:
         found.extend(engine.fold(event))
         if chance.random() < 0.02:

@@ -73,7 +73,7 @@ def controls_of(run: Any, kind: Optional[str] = None) -> List[ControlEvent]:
 def recorded(folder: Path) -> Dict[str, Mapping[str, Any]]:
     """The verdicts and actions that the engine wrote while the run went on, by id."""
     records = [*read_lines(folder / VERDICTS_FILE), *read_lines(folder / ACTIONS_FILE)]
-    found = {str(record["id"]): record for record in records}
+    found: Dict[str, Mapping[str, Any]] = {str(record["id"]): record for record in records}
     assert len(found) == len(records), "a record was written twice"
     return found
 

@@ -367,7 +367,8 @@ def test_no_loss_at_all_is_a_validation_only_event() -> None:
 def test_a_hostile_object_costs_its_own_column_alone() -> None:
     argus = Argus(silent=True)
     names = ("grad_norm", *SCALARS, *SAMPLES, "local_report", "batch_size")
-    argus.step(2.5, **{name: Hostile() for name in names})
+    hostile: Dict[str, Any] = {name: Hostile() for name in names}
+    argus.step(2.5, **hostile)
     step = the_step(argus)
     assert step.loss == 2.5
     assert [getattr(step, name) for name in (*SCALARS, *SAMPLES)] == [None] * 16
@@ -377,7 +378,8 @@ def test_a_hostile_object_costs_its_own_column_alone() -> None:
 @pytest.mark.parametrize("value", [0.25, -1e300, math.nan, math.inf, 7])
 def test_every_scalar_column_comes_back(name: str, value: float) -> None:
     argus = Argus(silent=True)
-    argus.step(2.5, 1.5, **{name: value})
+    column: Dict[str, Any] = {name: value}
+    argus.step(2.5, 1.5, **column)
     step = the_step(argus)
     expected: float = value
     if name in ("forward_ms", "backward_ms") and abs(value) > 1e39:
@@ -514,7 +516,8 @@ def test_a_step_that_is_none_is_counted_instead(
     capsys: pytest.CaptureFixture[str], given: Any, found: int
 ) -> None:
     argus = Argus()
-    argus.step(2.5, step=Hostile() if given is Hostile else given)
+    number: Any = Hostile() if given is Hostile else given
+    argus.step(2.5, step=number)
     assert the_step(argus).step == found
     said = "1 x step was no whole number from 0 on" in capsys.readouterr().err
     assert said == (found == 0)
@@ -541,7 +544,7 @@ def test_the_learning_rate_of_an_optimizer_is_recorded_at_every_step(lr: float) 
 
 @pytest.mark.parametrize("lr", ["fast", None, [0.1], Hostile, "gone"])
 def test_an_odd_learning_rate_costs_itself_alone(lr: Any) -> None:
-    group = {"lr": 0.1}
+    group: Dict[str, Any] = {"lr": 0.1}
     argus = Argus(silent=True, optimizer=SimpleNamespace(param_groups=[group]))
     argus.step(2.5, 1.0)
     if lr == "gone":
@@ -596,7 +599,7 @@ def test_what_the_engine_found_live_is_what_a_replay_finds() -> None:
     chance = random.Random(1)
     for step in range(400):
         loss = 9.0 if step == 300 else 2.5 + 0.1 * chance.random()
-        more = {"sample_losses": [loss] * 8} if step % 3 == 0 else {}
+        more: Dict[str, Any] = {"sample_losses": [loss] * 8} if step % 3 == 0 else {}
         argus.step(loss, None if step % 7 == 0 else 1.0 + 0.1 * chance.random(), **more)
     argus.complete()
     found = recorded(folder_of(argus))

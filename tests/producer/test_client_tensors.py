@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import pytest
@@ -102,7 +102,8 @@ def test_a_step_is_any_whole_number(step: Any) -> None:
 
 def test_a_step_beyond_double_precision_is_not_rounded() -> None:
     argus = Argus(silent=True)
-    argus.step(2.5, step=np.int64((1 << 60) + 1))
+    step: Any = np.int64((1 << 60) + 1)
+    argus.step(2.5, step=step)
     assert the_step(argus).step == (1 << 60) + 1
 
 
@@ -111,7 +112,7 @@ def test_a_loss_that_requires_grad_is_read_and_its_graph_is_not_kept() -> None:
     argus = Argus(silent=True)
     references: List[Any] = []
     for _ in range(3):
-        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        loss: Any = torch.nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +131,7 @@ def test_the_published_quick_start_has_a_gradient_norm_without_a_model() -> None
     argus = Argus(api_key="your-key", silent=True)
     norms: List[float] = []
     for _ in range(5):
-        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        loss: Any = torch.nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         squares = [float(p.grad.double().pow(2).sum()) for p in model.parameters()]
         norms.append(math.sqrt(math.fsum(squares)))
@@ -148,7 +149,8 @@ def test_with_model_and_optimizer_norm_rate_and_size_of_the_update_are_measured(
     argus = Argus(model=model, optimizer=optimizer, silent=True)
     for _ in range(20):
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(inputs), targets).backward()
+        loss: Any = torch.nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
         optimizer.step()
         argus.step(2.5)
     argus.complete()
@@ -179,7 +181,7 @@ def test_a_model_without_gradients_is_watched_without_them() -> None:
 def test_a_gradient_norm_that_is_given_goes_before_the_one_that_is_measured() -> None:
     model, optimizer, inputs, targets = small_model()
     argus = Argus(model=model, optimizer=optimizer, silent=True)
-    loss = torch.nn.functional.mse_loss(model(inputs), targets)
+    loss: Any = torch.nn.functional.mse_loss(model(inputs), targets)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
@@ -226,9 +228,9 @@ def test_a_rate_that_is_a_tensor_from_the_start_is_recorded_by_the_long_way() ->
 
 
 def test_numpy_numbers_are_as_good_as_pythons_for_the_constructor() -> None:
-    argus = Argus(
-        silent=True, total_steps=np.int64(100), vocab_size=np.int32(50), start_step=np.int8(3)
-    )
+    counts: Dict[str, Any] = {"total_steps": np.int64(100), "start_step": np.int8(3)}
+    counts["vocab_size"] = np.int32(50)
+    argus = Argus(silent=True, **counts)
     argus.step(2.5)
     argus.complete()
     (started,) = controls_of(argus, "session_started")

@@ -1,4 +1,4 @@
-"""Bad input and faults inside one process: nothing reaches the loop, and what is lost is counted."""
+"""Bad input and faults inside one process: none reaches the loop, and what is lost is counted."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def _is_interrupted(opcode: int, call: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("more", [{}, {"epoch": 1.0}], ids=["short way", "long way"])
 def test_an_interrupt_at_any_instruction_of_a_step_leaves_no_hole_in_the_log(
-    more: Dict[str, float],
+    more: Dict[str, Any],
 ) -> None:
     argus = Argus(silent=True)
     trials = 0

@@ -89,6 +89,10 @@ def completed(count: mmap.mmap) -> int:
     return int.from_bytes(count[:], "little")
 
 
+def wait_for(steps: int, child: subprocess.Popen[str], count: mmap.mmap) -> None:
+    until(lambda: completed(count) >= steps or child.poll() is not None)
+
+
 def test_a_completed_step_survives_kill_9_and_the_next_start_folds_the_rest(
     tmp_path: Path,
 ) -> None:
@@ -96,8 +100,7 @@ def test_a_completed_step_survives_kill_9_and_the_next_start_folds_the_rest(
     lives: List[int] = []
     for _ in range(3):
         child, count = stepping(tmp_path, STEPS_FOR_EVER)
-        wanted = chance.randrange(100, 6000)
-        until(lambda: completed(count) >= wanted or child.poll() is not None)
+        wait_for(chance.randrange(100, 6000), child, count)
         child.kill()
         assert child.wait() == -signal.SIGKILL
         lives.append(completed(count))
@@ -129,7 +132,7 @@ def test_sigterm_ends_a_process_as_it_always_did_and_no_step_is_lost(
         leave = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
         program = program.replace("step = 0", f"{leave}\n    step = 0")
     child, count = stepping(tmp_path, program)
-    until(lambda: completed(count) >= 500 or child.poll() is not None)
+    wait_for(500, child, count)
     child.terminate()
     assert child.wait() == (7 if handled else -signal.SIGTERM)
     assert child.communicate() == ("", "")
@@ -280,9 +283,9 @@ def test_a_fork_with_every_lock_held_gives_a_child_that_is_silent_and_ends(tmp_p
                 locks.append(thing)
             elif not isinstance(thing, (type, types.FrameType)):
                 for other in gc.get_referents(thing):
-                    if isinstance(other, types.ModuleType) and not other.__name__.startswith("plarv"):
-                        continue
-                    todo.append(other)
+                    is_module = isinstance(other, types.ModuleType)
+                    if not is_module or other.__name__.startswith("plarv"):
+                        todo.append(other)
         held, go = threading.Event(), threading.Event()
 
         def hold():
@@ -607,7 +610,7 @@ def test_a_disk_that_fills_up_behind_the_journal_keeps_the_string_ids_of_one_run
 def test_a_reader_beside_a_run_that_lives_sees_whole_events_only(tmp_path: Path) -> None:
     child, count = stepping(tmp_path, STEPS_FOR_EVER)
     try:
-        until(lambda: completed(count) >= 100 or child.poll() is not None)
+        wait_for(100, child, count)
         for _ in range(5):
             seen = completed(count)
             events = events_of(place() / "killed")

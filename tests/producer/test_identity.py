@@ -139,8 +139,9 @@ def test_two_steps_of_one_slurm_job_are_two_runs() -> None:
 def test_a_restart_by_torchrun_is_counted_and_keeps_its_run() -> None:
     ids = set()
     for restart in range(2):
-        more = {"TORCHELASTIC_RESTART_COUNT": str(restart), "MASTER_PORT": str(29500 + restart)}
-        who = discover(None, torchrun(0, 2, **more))
+        env = torchrun(0, 2, MASTER_PORT=str(29500 + restart))
+        env["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+        who = discover(None, env)
         assert who.restart_count == restart
         ids.add(who.run_id)
     assert len(ids) == 1

@@ -1,4 +1,6 @@
-"""What is done about an action: in AUTO mode or for an accepted order, once each, and never else."""
+"""What is done about an action: in AUTO mode or for an accepted order, once each, and never
+else.
+"""
 
 from __future__ import annotations
 
@@ -326,6 +328,7 @@ def stepping(argus: Argus, kind: type) -> BaseException:
         return error is not None
 
     until(stopped)
+    assert error is not None
     assert isinstance(error, kind)
     return error
 
@@ -408,9 +411,7 @@ def test_a_run_that_lies_in_the_fallback_folder_is_found_paused_and_resumed_ther
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("ARGUS_DIR", str(tmp_path / "file" / "below"))
     argus = Argus(run_id="dead", mode="AUTO", silent=True)
-    assert (
-        folder_of(argus).is_relative_to(tmp_path) if hasattr(tmp_path, "is_relative_to") else True
-    )
+    assert tmp_path in folder_of(argus).parents
     dies(argus)
     with pytest.raises(ArgusPause), argus:
         argus.step(math.nan)

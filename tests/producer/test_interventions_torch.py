@@ -40,7 +40,9 @@ SCHEDULES: Dict[str, Callable[[Any], Any]] = {
 
 
 class Loop:
-    """A loop whose loss goes up with its learning rate, and whose weight shows the rate in force."""
+    """A loop whose loss goes up with its learning rate, and whose weight shows the rate in
+    force.
+    """
 
     def __init__(self, schedule: str, lr: Any = LOW, **options: Any) -> None:
         self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))

@@ -38,9 +38,9 @@ _READY = 2  # segments that are ready beside the one being written
 class EmbeddedTransport:
     """Folds the run's journal on a daemon thread, a slice at a time.
 
-    The process that holds the run's fold lock folds all ranks' journals in the folder (local rank 0);
-    the others follow what it writes. The same thread keeps the journal's next segments ready and
-    removes folded ones where the journal would pass its bound.
+    The process that holds the run's fold lock folds all ranks' journals in the folder (local rank
+    0); the others follow what it writes. The same thread keeps the journal's next segments ready
+    and removes folded ones where the journal would pass its bound.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class EmbeddedTransport:
             self._faults.count("no thread for the engine", error)
 
     def close(self, timeout_s: float) -> None:
-        """Folds what it can within ``timeout_s``; the next start or `argus export` folds the rest."""
+        """Folds what it can within ``timeout_s``; the next start or `argus export` folds the
+        rest.
+        """
         self._deadline = time.monotonic() + max(0.0, timeout_s - 0.25)
         self._stop.set()
         if self._thread.ident is None:  # none could be started
@@ -107,10 +109,14 @@ class EmbeddedTransport:
         """What stands against the fold being complete, as a clause."""
         notes: List[str] = []
         if not self.caught_up:
-            notes.append("the engine is behind; `argus export` or the run's next start folds the rest")
+            notes.append(
+                "the engine is behind; `argus export` or the run's next start folds the rest"
+            )
         fold = self._fold
         if fold is not None:
-            notes.extend(f"detector {name} failed ({why})" for name, why in fold.engine.faults.items())
+            notes.extend(
+                f"detector {name} failed ({why})" for name, why in fold.engine.faults.items()
+            )
             notes.extend(f"{count} x {why}" for why, count in fold.errors.items())
             if fold.skipped:
                 notes.append(f"{fold.skipped} journal records unreadable")
@@ -118,7 +124,9 @@ class EmbeddedTransport:
 
     @property
     def folded_step(self) -> Optional[int]:
-        """The last step that the engine folded; None before the first, or where another one leads."""
+        """The last step that the engine folded; None before the first, or where another one
+        leads.
+        """
         return self._fold.engine.step if self._fold is not None else None
 
     def _run(self) -> None:
@@ -128,7 +136,7 @@ class EmbeddedTransport:
                 self._keep_journal()
                 behind = self._turn(time.monotonic() + _SLICE_S)
                 self._tend()
-            except Exception as error:  # our own fault: the loop goes on, and it is counted
+            except Exception as error:  # noqa: BLE001 - our own fault: counted, and the loop goes on
                 self._faults.count("embedded engine", error)
             if behind:
                 pause = _PAUSE_BEHIND_S
@@ -239,7 +247,7 @@ class EmbeddedTransport:
     def _finish(self) -> None:
         try:
             self._fold_what_is_left()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the same
             self._faults.count("embedded engine at exit", error)
 
     def _fold_what_is_left(self) -> None:
@@ -257,8 +265,10 @@ class EmbeddedTransport:
             self._deliver(*self._follow.look())
 
     def _resolved(self, config: Optional[EngineConfig]) -> EngineConfig:
-        """The configuration with its detectors imported: not on the thread, beside which a DataLoader
-        may fork at any time. One that cannot be had is counted."""
+        """The configuration with its detectors imported. One that cannot be had is counted.
+
+        Not on the thread: beside it a DataLoader may fork at any time, also while it holds a lock.
+        """
         config = config or EngineConfig()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
