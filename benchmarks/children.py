@@ -21,6 +21,10 @@ _SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processor
 _WORKLOADS = str(Path(__file__).resolve().parent / "workloads.py")
 _END_S = 20.0
 
+# For glibc: gradients that come and go must not go back to the system, or a step takes a third
+# longer or not, as the heap happens to lie.
+_STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+
 
 class Package(NamedTuple):
     """An SDK to measure: the interpreter that imports it, and what that one needs."""
@@ -45,7 +49,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=self._folder,
-                env=dict(package.environment),
+                env={**package.environment, **(_STEADY_HEAP if workload == "training" else {})},
                 text=True,
             )
 

@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Tuple, Type
 
 from measure import Floor
@@ -126,61 +127,64 @@ class TrainingSteps:
         self.run(5)
 
     def run(self, count: int) -> Dict[str, List[float]]:
-        """Milliseconds of ``count`` steps of each kind, block after block, in changing order."""
-        kinds: List[Tuple[str, Callable[[], None]]] = [
-            ("bare_ms", self._bare_step),
-            ("argus_ms", self._watched_step),
-            ("norm_ms", self._norm),
-            ("normed_ms", self._normed_step),
-        ]
+        """Milliseconds of ``count`` steps without Argus, with it, and with a bare norm instead;
+        and of as many norms: right after a backward, and once more with warm caches.
+        """
+        blocks = [self._bare_steps, self._watched_steps, self._normed_steps, self._norms]
         self._turn += 1
         shift = self._turn % 4
-        kinds = kinds[shift:] + kinds[:shift]
-        if self._turn // 4 % 2:
-            kinds.reverse()
         found: Dict[str, List[float]] = {}
-        for name, action in kinds:
-            if name == "norm_ms":  # of gradients that a step has just left
-                self._forward_backward(self._bare, self._bare_optimizer)
-            else:
-                action()
-                action()  # untimed: the other model's weights were in the caches
-            taken: List[float] = []
-            for _ in range(count):
-                begin = time.perf_counter_ns()
-                action()
-                taken.append((time.perf_counter_ns() - begin) * 1e-6)
-            found[name] = taken
+        for block in blocks[shift:] + blocks[:shift]:
+            found.update(block(count))
         return found
+
+    def _bare_steps(self, count: int) -> Dict[str, List[float]]:
+        def step() -> None:
+            self._forward_backward(self._bare, self._bare_optimizer)
+            self._bare_optimizer.step()
+
+        return {"bare_ms": _each_ms(step, count)}
+
+    def _watched_steps(self, count: int) -> Dict[str, List[float]]:
+        def step() -> None:
+            loss = self._forward_backward(self._watched, self._watched_optimizer)
+            self._watched_optimizer.step()
+            self._argus.step(loss)
+
+        return {"argus_ms": _each_ms(step, count)}
+
+    def _norms(self, count: int) -> Dict[str, List[float]]:
+        found: Dict[str, List[float]] = {"norm_ms": [], "warm_norm_ms": []}
+        for _ in range(count):
+            self._forward_backward(self._bare, self._bare_optimizer)
+            found["norm_ms"].append(_elapsed_ms(self._norm))
+            found["warm_norm_ms"].append(_elapsed_ms(self._norm))
+            self._bare_optimizer.step()
+        return found
+
+    def _normed_steps(self, count: int) -> Dict[str, List[float]]:
+        def step() -> None:
+            self._forward_backward(self._bare, self._bare_optimizer)
+            self._norm()
+            self._bare_optimizer.step()
+
+        return {"normed_ms": _each_ms(step, count)}
 
     def _make(self) -> Tuple[Any, Any]:
         torch = self._torch
         layers: List[Any] = []
         for _ in range(_DEPTH):
-            layers += [torch.nn.Linear(_WIDTH, _WIDTH), torch.nn.ReLU()]
+            linear = torch.nn.Linear(_WIDTH, _WIDTH)
+            torch.nn.init.kaiming_normal_(linear.weight)  # so that it learns, and no verdict opens
+            layers += [linear, torch.nn.ReLU()]
         model = torch.nn.Sequential(*layers)
-        return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+        return model, torch.optim.SGD(model.parameters(), lr=3e-3)
 
     def _forward_backward(self, model: Any, optimizer: Any) -> Any:
         optimizer.zero_grad()
         loss = self._torch.nn.functional.mse_loss(model(self._inputs), self._targets)
         loss.backward()
         return loss
-
-    def _bare_step(self) -> None:
-        self._forward_backward(self._bare, self._bare_optimizer)
-        self._bare_optimizer.step()
-
-    def _normed_step(self) -> None:
-        """A training step with the bare norm in it: what the norm costs where it is taken."""
-        self._forward_backward(self._bare, self._bare_optimizer)
-        self._norm()
-        self._bare_optimizer.step()
-
-    def _watched_step(self) -> None:
-        loss = self._forward_backward(self._watched, self._watched_optimizer)
-        self._watched_optimizer.step()
-        self._argus.step(loss)
 
     def _norm(self) -> None:
         torch = self._torch
@@ -309,19 +313,26 @@ def _python_loop(count: int) -> int:
 
 
 def _calibrated(action: Callable[[int], object]) -> Callable[[], object]:
-    """``action(n)`` with the n that takes 10 ms of wall time in the best of some tries."""
+    """``action(n)`` with the n that takes 10 ms of wall time in the best of many tries."""
     count, best = 1, 0.0
     while best < _STEP_MS / 2:
         count *= 2
-        best = min(_timed_ms(action, count) for _ in range(5))
+        best = min(_elapsed_ms(partial(action, count)) for _ in range(20))
     count = max(1, math.ceil(count * _STEP_MS / best))
-    return lambda: action(count)
+    return partial(action, count)
 
 
-def _timed_ms(action: Callable[[int], object], count: int) -> float:
+def _elapsed_ms(action: Callable[[], object]) -> float:
     begin = time.perf_counter_ns()
-    action(count)
+    action()
     return (time.perf_counter_ns() - begin) * 1e-6
+
+
+def _each_ms(step: Callable[[], None], count: int) -> List[float]:
+    """The time of each of ``count`` steps, after two untimed: another model was in the caches."""
+    step()
+    step()
+    return [_elapsed_ms(step) for _ in range(count)]
 
 
 def _threads_ns() -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -27,6 +29,7 @@ FOLD_LOCK = "fold.lock"  # held by whoever folds the run and writes what it find
 
 _SNAPSHOT = "snapshot"  # where the next start goes on
 _BASE = "base"  # where the log begins, once old segments were removed
+_CHECKSUM = struct.Struct("<I")  # before a state: a damaged one must not go on unnoticed
 _MAX_UNWRITTEN = 1 << 20  # bytes of lines that wait for room on the disk
 
 
@@ -182,7 +185,7 @@ class StoredFold:
         data = pack((self._log.positions(), self.engine.snapshot()))
         temporary = self.folder / f"{name}.new"
         try:
-            temporary.write_bytes(data)
+            temporary.write_bytes(_CHECKSUM.pack(zlib.crc32(data)) + data)
             os.replace(temporary, self.folder / name)
             return True
         except OSError as error:
@@ -206,8 +209,12 @@ def base_of(folder: Path, engine: Engine) -> Optional[int]:
 
 
 def _read_state(path: Path) -> Optional[Tuple[Dict[str, Tuple[int, ...]], bytes]]:
+    """The positions and the engine in a file; None where it is missing or damaged."""
     try:
-        positions, engine = unpack(path.read_bytes())
+        data = path.read_bytes()
+        if data[: _CHECKSUM.size] != _CHECKSUM.pack(zlib.crc32(data[_CHECKSUM.size :])):
+            return None
+        positions, engine = unpack(data[_CHECKSUM.size :])
     except (OSError, ValueError, TypeError):
         return None
     return positions, engine

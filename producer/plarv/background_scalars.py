@@ -54,29 +54,40 @@ class BackgroundReader:
         self._pid = -1
 
     def submit(self, value: Any, index: int, refuse: Unreadable) -> Optional[PendingRead]:
-        """``None`` where too many wait already."""
-        if self._jobs is None or self._pid != os.getpid():
-            self._jobs = queue.Queue(_MAX_WAITING)
-            self._pid = os.getpid()
-            name = "argus-scalars"
-            threading.Thread(target=_read_all, args=(self._jobs,), name=name, daemon=True).start()
+        """``None`` where too many wait already, or no thread can be started."""
+        jobs = self._jobs
+        if jobs is None or self._pid != os.getpid():
+            jobs = queue.Queue(_MAX_WAITING)
+            thread = threading.Thread(
+                target=_read_all, args=(jobs,), name="argus-scalars", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # interpreter shutdown, or no more threads
+                return None
+            self._jobs, self._pid = jobs, os.getpid()
         part = PendingRead(index, refuse)
         try:
             # A copy on the device: the script may change its loss in place right after.
             kept = value.clone() if hasattr(value, "clone") else value
-            self._jobs.put_nowait((part, kept))
+            jobs.put_nowait((part, kept))
         except queue.Full:
             return None
         return part
 
     def close(self) -> None:
-        """Let the thread go when it has read what is there."""
-        if self._jobs is not None and self._pid == os.getpid():
+        """Let the thread go when it has read what is there; of a full queue it is let off one."""
+        jobs, self._jobs = self._jobs, None
+        while jobs is not None and self._pid == os.getpid():
             try:
-                self._jobs.put_nowait(None)
+                jobs.put_nowait(None)
+                return
             except queue.Full:
                 pass
-        self._jobs = None
+            try:
+                jobs.get_nowait()
+            except queue.Empty:  # the thread was quicker
+                pass
 
 
 def _read_all(jobs: queue.Queue[Optional[Job]]) -> None:

@@ -39,21 +39,22 @@ class LiveRun:
         first_rank: int = 0,
         world_size: int = 0,
         behind_ns: int = 0,
+        leads: bool = True,
         **arguments: Any,
     ) -> None:
         """``first_rank`` and ``world_size``: where other nodes have ranks too.
 
         ``behind_ns``: the clocks of all ranks but the first are behind by so much, so that what
-        comes later was earlier.
+        comes later was earlier. Without ``leads`` no rank folds: the test does.
         """
         clock_ns = time.time_ns
         self.ranks: List[Argus] = []
         self.paused = False
         for rank in range(ranks):
             with patch.context() as environment:
-                if ranks > 1:
+                if ranks > 1 or not leads:
                     environment.setenv("RANK", str(first_rank + rank))
-                    environment.setenv("LOCAL_RANK", str(rank))
+                    environment.setenv("LOCAL_RANK", str(rank if leads else rank + 1))
                     environment.setenv("WORLD_SIZE", str(world_size or ranks))
                     environment.setenv("LOCAL_WORLD_SIZE", str(ranks))
                 if rank > 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import List
 
 import pytest
-from tests.integration.law import live_records, replayed_records
+from tests.integration.law import WITNESSED, live_records, replayed_records
 from tests.integration.live import LiveRun, stream
 from tests.processors.streams import FAULTY
 
@@ -72,7 +72,7 @@ def test_two_ranks_that_run_apart_are_merged_once_and_for_all(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
-    run = LiveRun(monkeypatch, ranks=2, mode="AUTO", behind_ns=5_000_000)
+    run = LiveRun(monkeypatch, ranks=2, mode="AUTO", behind_ns=10**10)
     waiting = [list(reversed(stream("divergence", seed=seed))) for _ in run.ranks]
     while any(waiting):
         rank = chance.randrange(2)
@@ -85,41 +85,82 @@ def test_two_ranks_that_run_apart_are_merged_once_and_for_all(
     assert holds(run.folder)
 
 
-def copy_as_killed(folder: Path, copy: Path, chance: random.Random) -> None:
-    """The run's folder as a kill would leave it now, with what was being written torn.
+@pytest.mark.parametrize("seed", range(8))
+def test_folds_that_are_killed_one_after_the_other_write_what_one_would_have_written(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks train on; whoever folds them is killed now and then, and another takes over."""
+    chance = random.Random(seed)
+    run = LiveRun(monkeypatch, ranks=2, mode="AUTO", behind_ns=10**10, leads=False)
+    waiting = [list(reversed(stream("divergence", 620, seed))) for _ in run.ranks]
+    fold = StoredFold(run.folder, WITNESSED)
+    is_saved = False  # whether what a kill could tear is in a snapshot
+    while any(waiting):
+        rank = chance.randrange(2)
+        for _ in range(min(chance.choice([1, 2, 7, 60]), len(waiting[rank]))):
+            run.step(run.ranks[rank], waiting[rank].pop())
+        for _ in range(chance.randrange(4)):
+            _, found = fold.advance(chance.choice([1, 8, 64]))
+            is_saved = is_saved and not found
+        happens = chance.random()
+        if happens < 0.1:
+            fold.save()
+            is_saved = True
+        elif happens < 0.3:
+            fold.close()
+            if not is_saved:
+                tear(run.folder, chance)
+            fold = StoredFold(run.folder, WITNESSED)
+    run.complete()
+    while fold.advance(64)[0]:
+        pass
+    fold.close()
+    assert live_records(run.folder) == replayed_records(run.folder, WITNESSED)
 
-    The fold writes the order down before the events are folded, and what it finds after that: a
-    copy that is made bit by bit must take them the other way round.
-    """
-    copy.mkdir()
-    for name in DERIVED:
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, copy / name)
-    names = sorted(path.name for path in folder.iterdir() if path.name not in DERIVED)
-    names.sort(key=lambda name: name.endswith(".journal"))
-    for name in names:
-        shutil.copyfile(folder / name, copy / name)
-    for name in ("verdicts.jsonl", "actions.jsonl"):
-        path = copy / name
-        if path.exists() and chance.random() < 0.7:
-            data = path.read_bytes()
-            path.write_bytes(data[: max(0, len(data) - chance.randrange(1500))])
-    if chance.random() < 0.3 and (copy / "snapshot").exists():
-        data = (copy / "snapshot").read_bytes()
-        (copy / "snapshot").write_bytes(data[: chance.randrange(len(data))])
-    if chance.random() < 0.5:
-        with open(copy / ORDER_FILE, "ab") as file:
-            file.write(chance.choice([b"1", b"0 12", b"+0123", b"0 *"]))
-    (copy / "snapshot.new").write_bytes(b"half")
+
+def tear(folder: Path, chance: random.Random) -> None:
+    """What was being written at the time of a kill is there in part."""
+    verdicts = folder / "verdicts.jsonl"
+    if verdicts.exists():
+        data = verdicts.read_bytes()
+        begin = data.rfind(b"\n", 0, len(data) - 1) + 1
+        verdicts.write_bytes(data[: chance.randrange(begin, len(data) + 1)])
+    with open(folder / ORDER_FILE, "ab") as file:
+        file.write(chance.choice([b"", b"1", b"0 12", b"+0123", b"0 *"]))
+    (folder / "snapshot.new").write_bytes(b"half")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("damage", ["cut", "changed", "of another engine"])
+def test_a_snapshot_that_cannot_be_read_costs_time_and_nothing_else(
+    damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LiveRun(monkeypatch)
+    run.feed(stream("divergence", 620))
+    run.complete()
+    snapshot = run.folder / "snapshot"
+    data = bytearray(snapshot.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    elif damage == "changed":
+        data[len(data) // 2 :: 97] = bytes(len(data[len(data) // 2 :: 97]))
+    else:
+        at = data.index(b"loss_spike-")
+        data[at : at + 10] = b"other_name"
+    snapshot.write_bytes(data)
+    run = LiveRun(monkeypatch)
+    run.feed(stream("divergence", 620, seed=1))
+    run.complete()
+    assert holds(run.folder)
+    assert {verdict["attempt"] for verdict in live_records(run.folder)[0]} == {1, 2}
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_was_killed_at_any_moment_goes_on_as_if_it_had_not_been(
+def test_what_was_killed_as_a_whole_goes_on_from_any_moment(
     ranks: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(10 * seed + ranks)
-    run = LiveRun(monkeypatch, ranks=ranks, mode="AUTO", behind_ns=5_000_000)
+    run = LiveRun(monkeypatch, ranks=ranks, mode="AUTO", behind_ns=10**10)
     copies: List[Path] = []
     for name, steps in (("divergence", 620), ("dead", 540)):
         events = stream(name, steps, seed)
@@ -132,22 +173,31 @@ def test_what_was_killed_at_any_moment_goes_on_as_if_it_had_not_been(
                 run.feed(events[:5])  # some that it has not seen
                 del events[:5]
             copies.append(tmp_path / str(len(copies)))
-            copy_as_killed(run.folder, copies[-1], chance)
+            copy_as_killed(run.folder, copies[-1])
+            tear(copies[-1], chance)
     run.complete()
     fold_rest(run.folder)
     assert holds(run.folder)
     for copy in copies:
         before = replayed_records(copy)
-        fold = StoredFold(copy)
-        while fold.advance(chance.choice([1, 7, 64, 1024]))[0]:
-            if chance.random() < 0.03:
-                fold.save()
-                fold.close()
-                fold = StoredFold(copy)
-        fold.close()
+        assert fold_rest(copy)
         # What two ranks' order is, past what was written down, is up to who folds it first.
         assert live_records(copy) == (before if ranks == 1 else replayed_records(copy))
     assert len(copies) > 3
+
+
+def copy_as_killed(folder: Path, copy: Path) -> None:
+    """The run's folder as a kill would leave it now.
+
+    The fold writes the order down before it folds, and what it finds after that: a copy
+    that is made file by file must take them the other way round.
+    """
+    copy.mkdir()
+    names = [path.name for path in folder.iterdir()]
+    derived = [name for name in DERIVED if name in names]
+    others = sorted(set(names) - set(derived), key=lambda name: (name.endswith(".journal"), name))
+    for name in (*derived, *others):
+        shutil.copyfile(folder / name, copy / name)
 
 
 def test_a_loop_without_a_pause_leaves_a_prefix_and_the_rest_is_folded_later(

@@ -10,7 +10,7 @@ from typing import Any, Iterator, List
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.integration.law import Records, fold, live_records, replayed_records
+from tests.integration.law import WITNESSED, Records, fold, live_records, replayed_records
 from tests.integration.live import LiveRun, stream
 
 from plarv_processors.engine import Engine
@@ -50,7 +50,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield run.folder
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=PIECES)
 def test_the_size_of_polls_and_the_place_of_snapshots_change_nothing(
     pieces: Any, folder: Path, tmp_path: Path
@@ -58,7 +58,7 @@ def test_the_size_of_polls_and_the_place_of_snapshots_change_nothing(
     place = tmp_path / "run"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder, place)
-    stored, number, count = StoredFold(place), 0, 1
+    stored, number, count = StoredFold(place, WITNESSED), 0, 1
     while count:
         limit, then = pieces[number % len(pieces)]
         count, _ = stored.advance(limit)
@@ -69,12 +69,12 @@ def test_the_size_of_polls_and_the_place_of_snapshots_change_nothing(
             stored.save()
         if then.endswith("reopen"):
             stored.close()
-            stored = StoredFold(place)
+            stored = StoredFold(place, WITNESSED)
     stored.close()
     verdicts, actions = live_records(place)
     assert verdicts
     assert actions
-    assert (verdicts, actions) == replayed_records(place)
+    assert (verdicts, actions) == replayed_records(place, WITNESSED)
 
 
 def test_an_engine_that_is_restored_between_any_two_events_goes_on_as_if_nothing_were(

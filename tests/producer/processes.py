@@ -18,7 +18,11 @@ _TIMEOUT_S = 120
 
 def environment(**settings: str) -> Dict[str, str]:
     """The environment of such a process."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(_SOURCES), **settings}
+    own = {
+        "PYTHONPATH": os.pathsep.join(_SOURCES),
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",  # from 3.12 on of any fork beside a thread
+    }
+    return {**os.environ, **own, **settings}
 
 
 def run(

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -290,6 +291,41 @@ def test_an_interrupt_at_any_instruction_of_a_change_of_segments_leaves_no_hole(
     assert [each.step for each in steps_of(tmp_path) if each.step > 0] == list(range(1, step + 1))
 
 
+def test_a_segment_that_is_made_while_the_journal_is_closed_is_removed(tmp_path: Path) -> None:
+    for number in range(40):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        writer = journal_writer.JournalWriter(
+            folder,
+            run_id="run",
+            session="0123456789abcdef",
+            rank=0,
+            world_size=1,
+            segment_bytes=8192,
+        )
+        thread = threading.Thread(target=writer.prepare, args=(1 + number % 8,))
+        thread.start()
+        writer.close()
+        thread.join()
+        writer.prepare()
+        assert len(list(folder.iterdir())) == 1
+
+
+def test_a_working_folder_that_is_gone_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ARGUS_DIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with Argus(silent=True) as argus:
+        argus.step(2.5)
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path in folder_of(argus).parents
+    assert len(steps_of(argus)) == 1
+
+
 # -- detectors of others
 
 
@@ -535,16 +571,16 @@ def test_after_the_end_no_thread_and_no_file_is_left() -> None:
         descriptors = Path("/proc/self/fd")
         return len(list(descriptors.iterdir())) if descriptors.is_dir() else 0
 
-    def threads() -> List[str]:
-        return [thread.name for thread in threading.enumerate() if "argus" in thread.name]
+    def engines() -> List[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "argus-engine"]
 
-    until(lambda: not threads())  # those of other tests that are still at their end
+    until(lambda: not engines())  # those of other tests that are still at their end
     gc.collect()
     before = files()
     for _ in range(3):
         with Argus(silent=True) as argus:
             healthy(argus, 60)
             argus.step(90.0)
-        assert threads() == []
+        assert engines() == []
     gc.collect()
     assert files() == before

@@ -1,6 +1,4 @@
-"""What is done about an action: in AUTO mode or for an accepted order, once each, and never
-else.
-"""
+"""What is done about an action: in AUTO mode or for an accepted order, once, and never else."""
 
 from __future__ import annotations
 
@@ -302,6 +300,21 @@ def test_in_auto_a_dead_run_is_paused_and_its_next_attempt_waits_for_resume(
     assert again.step(2.5, 1.0).attempt == 2
     again.complete()
     assert recorded(folder_of(again)) == replayed(folder_of(again))
+
+
+def test_an_on_pause_that_raises_in_a_run_is_said_at_its_end_and_the_pause_stands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def handler(_: Mapping[str, Any]) -> None:
+        raise ZeroDivisionError
+
+    argus = Argus(mode="AUTO", on_pause=handler)
+    dies(argus)
+    for _ in range(3):
+        with pytest.raises(ArgusPause):
+            argus.step(math.nan)
+    argus.complete("paused")
+    assert capsys.readouterr().err.count("1 x on_pause raised ZeroDivisionError") == 1
 
 
 def test_in_manual_a_dead_run_goes_on_and_its_next_attempt_may_start() -> None:
