@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
 __all__ = [
     "ROOT",
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 _FLOOR_BYTES = 1 << 20
 _PAGE = 4096
+_WIDTHS = (53, 58, 17)  # of the table's columns but the last
 
 
 class Row(NamedTuple):
@@ -149,36 +150,39 @@ def arguments(doc: Optional[str], name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(name: str, rows: Sequence[Row], path: Path, *, quick: bool, load_before: float) -> None:
-    """Prints the table and writes the JSON."""
+def finish(
+    name: str, rows: Iterable[Row], path: Path, *, quick: bool, load_before: float
+) -> None:
+    """Prints each row as it comes, and writes them all as JSON."""
     machine = _machine(load_before)
-    _print_table(rows)
     print(
-        f"\n{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
-        f"load before {load_before:.2f}" + (", --quick: a rough look" if quick else "")
+        f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"load {load_before:.2f}" + (", --quick: a rough look" if quick else "")
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _print_cells("what", "measured", "reach", "ok?")
+    _print_cells(*("-" * width for width in (*_WIDTHS, 6)))
+    kept: List[Row] = []
+    for row in rows:
+        words = {None: "", True: "ok", False: "MISSED"}
+        _print_cells(row.what, row.measured, row.reach, words[row.ok])
+        kept.append(row)
     document: Dict[str, Any] = {
         "benchmark": name,
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "quick": quick,
         "machine": machine,
         "rows": [
-            {"what": row.what, "measured": row.measured, "ok": row.ok, **row.values} for row in rows
+            {"what": row.what, "measured": row.measured, "ok": row.ok, **row.values} for row in kept
         ],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"written to {os.path.relpath(path)}")
 
 
-def _print_table(rows: Sequence[Row]) -> None:
-    words = {None: "", True: "ok", False: "MISSED"}
-    table = [("what", "measured", "reach", "ok?")]
-    table += [(row.what, row.measured, row.reach, words[row.ok]) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+def _print_cells(*cells: str) -> None:
+    padded = [cell.ljust(width) for cell, width in zip(cells, (*_WIDTHS, 0))]
+    print("  ".join(padded).rstrip(), flush=True)
 
 
 def _machine(load_before: float) -> Dict[str, Any]:

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, Dict, List, Mapping, Sequence
 
 import peer
@@ -62,16 +63,16 @@ def main() -> None:
                 packages.append(peer.install(stack.enter_context(peer.Stub())))
             except RuntimeError as error:
                 print(f"{peer.PEER} cannot be installed, so it is left out: {error}")
-        rows = [
-            *paused_steps(packages, int(10_000 * scale)),
-            *tight_steps(packages, int(100_000 * scale)),
-            *training_steps(packages, 16, max(10, int(100 * scale))),
-            *cpu_time(int(120 * scale)),
-            *resident_memory(packages, int(1_000_000 * scale)),
+        rows = chain(
+            paused_steps(packages, int(10_000 * scale)),
+            tight_steps(packages, int(40_000 * scale)),
+            training_steps(packages, 16, max(10, int(50 * scale))),
+            cpu_time(int(80 * scale)),
+            resident_memory(packages, int(1_000_000 * scale)),
             import_time(),
             exit_time(int(200_000 * scale)),
-        ]
-    finish("overhead", rows, options.json, quick=options.quick, load_before=load_before)
+        )
+        finish("overhead", rows, options.json, quick=options.quick, load_before=load_before)
 
 
 def paused_steps(packages: Sequence[Package], steps: int) -> List[Row]:

@@ -75,6 +75,10 @@ class StoredFold:
             found = self._write(found)
         return len(events), found
 
+    def discover(self) -> None:
+        """Looks for sessions that have begun since, at once; ``advance`` does so now and then."""
+        self._log.discover()
+
     def _note(self, event: ControlEvent) -> None:
         if event.kind == "session_started":
             self.running.add(event.session)
@@ -91,15 +95,20 @@ class StoredFold:
         """Records of the log that could not be read."""
         return self._log.skipped
 
+    @property
+    def _may_save(self) -> bool:
+        """Whether a fold that goes on from here would write all that is still to be written."""
+        return self._writing and self._log.settled and not self._unwritten
+
     def save(self) -> None:
         """Writes a snapshot, by which the next start goes on from here."""
-        if self._writing and self._log.settled and self.engine.ordinal != self._saved_at:
+        if self._may_save and self.engine.ordinal != self._saved_at:
             if self._write_state(_SNAPSHOT):
                 self._saved_at = self.engine.ordinal
 
     def trim(self) -> int:
         """Removes the segments that are folded, after a snapshot of the fold; the bytes freed."""
-        if not self._writing or not self._log.settled:
+        if not self._may_save:
             return 0
         paths = list(self._log.segments_read())
         if not paths:

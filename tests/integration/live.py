@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import pytest
 from tests.processors.streams import FAULTY, HEALTHY
 
-from plarv import Argus, ArgusPause
+from plarv import Argus, ArgusIntervention
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, SCALAR_COLUMNS, StepEvent
 
 __all__ = ["LiveRun", "stream"]
@@ -76,12 +76,12 @@ class LiveRun:
                 self.step(rank, part)
 
     def step(self, rank: Argus, event: StepEvent) -> None:
-        """One step of one rank. A pause is noted, and training goes on all the same."""
+        """One step of one rank. An intervention is noted, and training goes on all the same."""
         given = {name: getattr(event, name) for name in _GIVEN if getattr(event, name) is not None}
         loss, grad_norm = given.pop("loss", None), given.pop("grad_norm", None)
         try:
             rank.step(loss, grad_norm, step=event.step, local_report=_report(event), **given)
-        except ArgusPause:
+        except ArgusIntervention:
             self.paused = True
 
     def catch_up(self) -> None:

@@ -13,8 +13,9 @@ from tests.integration.live import LiveRun, stream
 from tests.processors.streams import FAULTY
 
 import plarv.faults
+from plarv.orders import order
 from plarv_processors.stored_fold import StoredFold, fold_rest
-from plarv_schemas.run_log import ORDER_FILE
+from plarv_schemas.run_log import ORDER_FILE, read_run
 
 DERIVED = ("snapshot", "base", "verdicts.jsonl", "actions.jsonl")
 """What the fold writes, in the order in which a copy must be made: what is derived comes first."""
@@ -65,6 +66,24 @@ def test_a_run_whose_steps_go_back_goes_on_as_a_new_attempt(
     run.complete()
     assert holds(run.folder)
     assert {verdict["attempt"] for verdict in live_records(run.folder)[0]} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("mode", ["MANUAL", "AUTO"])
+def test_an_operators_orders_have_their_place_in_the_log(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LiveRun(monkeypatch, mode=mode)
+    events = stream("divergence", 620)
+    for kind in ("pause", "resume", "stop"):
+        run.feed(events[:200])
+        del events[:200]
+        run.catch_up()
+        order(run.ranks[0].run_id, kind, "Ada")
+    run.feed(events)
+    run.complete()
+    assert holds(run.folder)
+    ordered = [a["kind"] for a in live_records(run.folder)[1] if "operator" in a["parameters"]]
+    assert ordered == ["PAUSE", "RESUME", "HALT"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -218,6 +237,8 @@ def tight_loop(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     for step in range(steps):
         argus.step(losses[step % 3000], 1.0)
     argus.complete()
+    events = list(read_run(run.folder))
+    assert len(events) == steps + 2  # with the session's begin and end
     live = live_records(run.folder)
     whole = replayed_records(run.folder)
     assert whole[0]

@@ -203,7 +203,7 @@ def test_a_store_that_is_gone_agrees_to_nothing_and_raises_nothing() -> None:
 def test_in_every_interleaving_all_ranks_act_or_none_does(world_size: int) -> None:
     chance = random.Random(world_size)
     seen: Set[str] = set()
-    for _ in range(400):
+    for _ in range(150):
         store, action = Store(), make_action(apply_step=4)
         ranks = [Rank(store, rank, world_size) for rank in range(world_size)]
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from pathlib import Path
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List
@@ -82,6 +83,26 @@ def test_a_list_without_end_is_cut_and_counted(capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert "1 x sample_losses was longer than 65536 and was cut" in err
     assert "2 x an event was too long: its lists were cut" in err
+
+
+def test_of_a_huge_array_only_what_is_kept_is_brought_to_a_list() -> None:
+    class Huge:
+        """As an array of more numbers than there is memory."""
+
+        def reshape(self, _: int) -> Huge:
+            return self
+
+        def __getitem__(self, part: slice) -> array[float]:
+            return array("d", [1.0]) * int(part.stop)
+
+        def tolist(self) -> List[float]:
+            raise MemoryError
+
+    argus = Argus(silent=True)
+    argus.step(2.5, sample_losses=Huge())
+    argus.complete()
+    (step,) = steps_of(argus)
+    assert len(step.sample_losses or ()) > 10_000
 
 
 def test_a_list_that_raises_or_holds_no_numbers_costs_itself_alone() -> None:

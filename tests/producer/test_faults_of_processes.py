@@ -604,6 +604,81 @@ def test_a_disk_that_fills_up_behind_the_journal_keeps_the_string_ids_of_one_run
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@mounts
+def test_events_whose_order_finds_no_room_are_folded_when_there_is_room_again(
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = run(
+        tmp_path,
+        """
+        import os
+        from pathlib import Path
+        from plarv_schemas.journal_writer import JournalWriter
+        from plarv_schemas.run_log import RunLog, read_run
+
+        disk = Path(os.environ["ARGUS_DIR"])
+        writers = [
+            JournalWriter(
+                disk,
+                run_id="run",
+                session=f"{rank:016x}",
+                rank=10 + rank,
+                world_size=2,
+                segment_bytes=60_000,
+            )
+            for rank in range(2)
+        ]
+        order = disk / "order.log"
+
+        def written():
+            for writer in writers:
+                assert writer.control("order", step=None, rank=None, data={})
+
+        def is_refused():
+            filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+            try:
+                while True:
+                    os.write(filler, bytes(4096))
+            except OSError:
+                pass
+            before = order.read_bytes() if order.exists() else b""
+            try:
+                log.poll()
+            except OSError:
+                assert (order.read_bytes() if order.exists() else b"") == before
+                assert not log.settled
+                return True
+            finally:
+                os.close(filler)
+                os.unlink(disk / "filler")
+            return False
+
+        log = RunLog(disk, record=True)
+        events = []
+        written()
+        assert is_refused()  # its first line of all
+        events += log.poll()
+        while order.stat().st_size < 4085:
+            written()
+            events += log.poll()
+        assert order.stat().st_size < 4096
+        written()
+        assert is_refused()  # the lines would run into a page that there is not
+        events += log.poll()
+        written()
+        events += log.poll()
+        assert bytes(1) not in order.read_bytes()
+        assert list(read_run(disk)) == events
+        assert len(events) == sum(writer.record for writer in writers)
+        """,
+        prefix=mounted(f"mount -t tmpfs -o size=160k tmpfs {disk}"),
+        ARGUS_DIR=str(disk),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # -- what others see of it
 
 

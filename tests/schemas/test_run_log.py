@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import List
 
 from plarv_schemas.events import Event
-from plarv_schemas.journal import CORE, CORE_SIZE, CORE_STRUCT, HAS_LOSS
+from plarv_schemas.journal import (
+    CORE,
+    CORE_SIZE,
+    CORE_STRUCT,
+    HAS_LOSS,
+    RECORD_HEAD,
+    TRAILER,
+)
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.run_log import RunLog, is_run_dir, read_run
 
@@ -181,3 +188,23 @@ def test_a_folder_without_a_journal_is_no_run(tmp_path: Path) -> None:
     assert not is_run_dir(tmp_path)
     Rank(tmp_path, 0)
     assert is_run_dir(tmp_path)
+
+
+def test_a_record_that_cannot_be_read_does_not_shift_the_order(tmp_path: Path) -> None:
+    first, second = Rank(tmp_path, 0), Rank(tmp_path, 1)
+    log = RunLog(tmp_path, record=True)
+    live: List[Event] = []
+    for turn in range(20):
+        for rank in (first, second):
+            for _ in range(3):
+                rank.write(1_000 - turn)  # each later than what is merged already, and dated before
+            if turn % 4 == 0:  # of a kind that only a newer version knows
+                number = rank.writer.record + 1
+                unknown = RECORD_HEAD.pack(32, 9, 0, 0, 5, 5) + TRAILER.pack(number)
+                assert rank.writer.append(unknown)
+            rank.write(1_000 - turn)
+            live.extend(drain(log))
+    log.close()
+    assert len(live) == 160
+    assert log.skipped == 10
+    assert list(read_run(tmp_path)) == live

@@ -253,6 +253,8 @@ class EmbeddedTransport:
     def _fold_what_is_left(self) -> None:
         if self._fold is not None or self._may_lead:
             self._tried_lock = -float("inf")
+            if self._fold is not None:
+                self._fold.discover()  # an order that was given just before the end
             while self._turn(min(self._deadline, time.monotonic() + 0.1)) or self._others_run():
                 if time.monotonic() >= self._deadline:
                     break
