@@ -150,9 +150,7 @@ def arguments(doc: Optional[str], name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(
-    name: str, rows: Iterable[Row], path: Path, *, quick: bool, load_before: float
-) -> None:
+def finish(name: str, rows: Iterable[Row], path: Path, *, quick: bool, load_before: float) -> None:
     """Prints each row as it comes, and writes them all as JSON."""
     machine = _machine(load_before)
     print(

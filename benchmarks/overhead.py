@@ -18,7 +18,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from itertools import chain
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 import peer
 from children import Child, Package, our_package
@@ -75,74 +75,66 @@ def main() -> None:
         finish("overhead", rows, options.json, quick=options.quick, load_before=load_before)
 
 
-def paused_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+def paused_steps(packages: Sequence[Package], steps: int) -> Iterator[Row]:
     """step(float, grad_norm=float) with 2 ms between steps, against the floor."""
     blocks = _in_turns(f"{steps:,} steps with pauses", packages, "paused", steps // _TURNS)
-    rows: List[Row] = []
     for package in packages:
         floor = [value for block in blocks[package.name] for value in block["floor_us"]]
         step = [value for block in blocks[package.name] for value in block["step_us"]]
         for fraction, limit in ((0.5, 2.0), (0.99, 2.5)):
             step_us, floor_us = percentile(step, fraction), percentile(floor, fraction)
             ratio = step_us / floor_us
-            rows.append(
-                _ours(
-                    package,
-                    f"step(float), 2 ms pauses, {steps:,} steps, p{fraction * 100:g}",
-                    f"{ratio:.2f} x the floor ({step_us:.1f} of {floor_us:.1f} us)",
-                    ratio,
-                    limit,
-                    "x",
-                    step_us=step_us,
-                    floor_us=floor_us,
-                )
+            yield _ours(
+                package,
+                f"step(float), 2 ms pauses, {steps:,} steps, p{fraction * 100:g}",
+                f"{ratio:.2f} x the floor ({step_us:.1f} of {floor_us:.1f} us)",
+                ratio,
+                limit,
+                "x",
+                step_us=step_us,
+                floor_us=floor_us,
             )
-    return rows
 
 
-def tight_steps(packages: Sequence[Package], steps: int) -> List[Row]:
+def tight_steps(packages: Sequence[Package], steps: int) -> Iterator[Row]:
     """The same in a tight loop."""
     blocks = _in_turns(f"{steps:,} steps, tight", packages, "tight", steps // _TURNS)
-    rows: List[Row] = []
     for package in packages:
         step = [value for block in blocks[package.name] for value in block["step_us"]]
         middle, high = percentile(step, 0.5), percentile(step, 0.99)
         what = f"step(float), tight loop, {steps:,} steps, p50"
         measured = f"{middle:.2f} us (p99 {high:.2f})"
-        rows.append(_ours(package, what, measured, middle, 5.0, "us", p99_us=high))
-    return rows
+        yield _ours(package, what, measured, middle, 5.0, "us", p99_us=high)
 
 
-def training_steps(packages: Sequence[Package], steps: int, turns: int) -> List[Row]:
+def training_steps(packages: Sequence[Package], steps: int, turns: int) -> Iterator[Row]:
     """step(tensor) with a model: what it adds to the whole training step, beyond a bare norm.
+
     The norm is timed alone, of gradients as a backward leaves them.
     """
     what = "step(tensor), 12 x 512 MLP, beyond a bare norm"
     if importlib.util.find_spec("torch") is None:
-        return [information(what, _NO_TORCH)]
+        yield information(what, _NO_TORCH)
+        return
     blocks = _in_turns("training steps", packages, "training", steps, turns)
-    rows: List[Row] = []
     for package in packages:
         means = [_means(block) for block in blocks[package.name]]
         norm, bare = (median([mean[name] for mean in means]) for name in ("norm_ms", "bare_ms"))
         added = median([mean["argus_ms"] - mean["bare_ms"] for mean in means])
         beyond = (added - norm) / norm * 100
-        rows.append(
-            _ours(
-                package,
-                what,
-                f"{beyond:.0f} % of the norm (adds {added:.3f} ms to {bare:.1f}; norm {norm:.3f})",
-                beyond,
-                30.0,
-                "%",
-                added_ms=added,
-                norm_ms=norm,
-                norm_in_training_ms=median([mean["normed_ms"] - mean["bare_ms"] for mean in means]),
-                warm_norm_ms=median([mean["warm_norm_ms"] for mean in means]),
-                training_step_ms=bare,
-            )
+        yield _ours(
+            package,
+            what,
+            f"{beyond:.0f} % of the norm (adds {added:.3f} ms to {bare:.1f}; norm {norm:.3f})",
+            beyond,
+            30.0,
+            "%",
+            added_ms=added,
+            norm_ms=norm,
+            norm_in_training_ms=median([mean["normed_ms"] - mean["bare_ms"] for mean in means]),
+            warm_norm_ms=median([mean["warm_norm_ms"] for mean in means]),
+            training_step_ms=bare,
         )
-    return rows
 
 
 def _means(block: Mapping[str, Sequence[float]]) -> Dict[str, float]:
@@ -150,16 +142,14 @@ def _means(block: Mapping[str, Sequence[float]]) -> Dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in block.items()}
 
 
-def cpu_time(pairs: int) -> List[Row]:
+def cpu_time(pairs: int) -> Iterator[Row]:
     """Process CPU time that Argus adds to steps of 10 ms, engine running."""
-    rows: List[Row] = []
     for workload, name in (("cpu", "that holds the GIL"), ("cpu_torch", "in torch, two threads")):
         what = f"CPU time added to a 10 ms step {name}"
         if workload == "cpu_torch" and importlib.util.find_spec("torch") is None:
-            rows.append(information(what, _NO_TORCH))
+            yield information(what, _NO_TORCH)
             continue
-        rows.append(_cpu_row(workload, what, pairs))
-    return rows
+        yield _cpu_row(workload, what, pairs)
 
 
 def _cpu_row(workload: str, what: str, pairs: int) -> Row:
@@ -186,9 +176,8 @@ def _cpu_row(workload: str, what: str, pairs: int) -> Row:
     )
 
 
-def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
+def resident_memory(packages: Sequence[Package], steps: int) -> Iterator[Row]:
     """MB held after many steps, against those after 1,000."""
-    rows: List[Row] = []
     with ExitStack() as stack:
         children = [stack.enter_context(Child(package, "memory")) for package in packages]
         totals = [steps if _is_ours(package) else steps // 10 for package in packages]
@@ -198,15 +187,14 @@ def resident_memory(packages: Sequence[Package], steps: int) -> List[Row]:
             for child, total, found in zip(children, totals, held):
                 found.append(child.ask(count=(total - 1000) // _TURNS)["resident_mb"])
                 bar.add()
+        bar.close()
         for child, total, found in zip(children, totals, held):
             if _is_ours(child.package):  # and once more when the engine has folded them all
                 done = child.ask("complete")
                 if done["folded_step"] != total - 1:
                     raise RuntimeError(f"of {total} steps the engine folded {done['folded_step']}")
                 found.append(done["resident_mb"])
-            rows.append(_memory_row(child.package, total, found))
-        bar.close()
-    return rows
+            yield _memory_row(child.package, total, found)
 
 
 def _memory_row(package: Package, steps: int, held: Sequence[float]) -> Row:
@@ -225,7 +213,7 @@ def _memory_row(package: Package, steps: int, held: Sequence[float]) -> Row:
     )
 
 
-def import_time() -> Row:
+def import_time() -> Iterator[Row]:
     """`import plarv` in a fresh process, and whether it loads the standard library alone."""
     package = our_package()
     taken: List[float] = []
@@ -249,15 +237,15 @@ def import_time() -> Row:
         best_ms=best,
         foreign=foreign,
     )
-    return row._replace(ok=bool(row.ok) and not foreign)
+    yield row._replace(ok=bool(row.ok) and not foreign)
 
 
-def exit_time(behind: int) -> Row:
+def exit_time(behind: int) -> Iterator[Row]:
     """complete() and the end of the process, with the embedded engine behind."""
     with Child(our_package(), "exit") as child:
         found = child.ask(count=behind)
         total = child.end() - found["begin"]
-    return at_most(
+    yield at_most(
         f"exit with the engine {behind:,} steps behind",
         f"{total:.2f} s (complete() {found['complete_s']:.2f}; {found['lag']:,.0f} behind)",
         total,

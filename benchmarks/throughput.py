@@ -14,8 +14,9 @@ import random
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 from measure import Progress, Row, arguments, at_least, at_most, finish, information, median
 from plarv_processors.detectors import BUILTIN
@@ -41,13 +42,13 @@ def main() -> None:
     repeats = 2 if options.quick else _REPEATS
     scalars = healthy_run(count)
     samples = with_samples(scalars[: count // 2])
-    rows = [
-        *engine_speed("all scalar columns", scalars, repeats),
-        *engine_speed(f"{_SAMPLES} samples a step too", samples, repeats),
-        *detector_times(scalars, samples),
-        *state_size(scalars, samples),
-        *journal_speed(scalars),
-    ]
+    rows = chain(
+        engine_speed("all scalar columns", scalars, repeats),
+        engine_speed(f"{_SAMPLES} samples a step too", samples, repeats),
+        detector_times(scalars, samples),
+        state_size(scalars, samples),
+        journal_speed(scalars),
+    )
     finish("throughput", rows, options.json, quick=options.quick, load_before=load_before)
 
 
@@ -118,7 +119,7 @@ def with_samples(events: Sequence[StepEvent]) -> List[StepEvent]:
     return found
 
 
-def engine_speed(what: str, events: Sequence[StepEvent], repeats: int) -> List[Row]:
+def engine_speed(what: str, events: Sequence[StepEvent], repeats: int) -> Iterator[Row]:
     """Steps a second through the whole fold: all twelve detectors and the policy."""
     taken: List[float] = []
     records = 0
@@ -136,34 +137,25 @@ def engine_speed(what: str, events: Sequence[StepEvent], repeats: int) -> List[R
         bar.add()
     bar.close()
     best, middle = len(events) / min(taken), len(events) / median(taken)
-    return [
-        at_least(
-            f"engine, {len(BUILTIN)} detectors, {what}",
-            f"{best:,.0f} steps/s (median {middle:,.0f}; {records} records)",
-            best,
-            25_000,
-            "steps/s",
-            median=middle,
-            events=len(events),
-            records=records,
-        )
-    ]
+    yield at_least(
+        f"engine, {len(BUILTIN)} detectors, {what}",
+        f"{best:,.0f} steps/s (median {middle:,.0f}; {records} records)",
+        best,
+        25_000,
+        "steps/s",
+        median=middle,
+        events=len(events),
+        records=records,
+    )
 
 
-def detector_times(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> List[Row]:
+def detector_times(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> Iterator[Row]:
     """Microseconds of each detector's update, with scalars and with samples."""
-    rows: List[Row] = []
-    bar = Progress("each detector", len(BUILTIN))
     for cls in BUILTIN:
         plain = min(_update_us(cls, scalars) for _ in range(3))
         full = min(_update_us(cls, samples) for _ in range(3))
         measured = f"{plain:.2f} us (with samples {full:.2f})"
-        rows.append(
-            information(f"   {cls.name}", measured, value=plain, unit="us", samples_us=full)
-        )
-        bar.add()
-    bar.close()
-    return rows
+        yield information(f"   {cls.name}", measured, value=plain, unit="us", samples_us=full)
 
 
 def _update_us(cls: Any, events: Sequence[StepEvent]) -> float:
@@ -174,7 +166,7 @@ def _update_us(cls: Any, events: Sequence[StepEvent]) -> float:
     return (time.process_time() - begin) / len(events) * 1e6
 
 
-def state_size(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> List[Row]:
+def state_size(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> Iterator[Row]:
     """What the engine keeps of one run, in memory and in a snapshot: the most along the way."""
     resident: List[float] = []
     snapshot: List[float] = []
@@ -186,10 +178,8 @@ def state_size(scalars: Sequence[StepEvent], samples: Sequence[StepEvent]) -> Li
                 resident.append(_resident([engine.detectors, engine.policy]) / 1024)
                 snapshot.append(len(engine.snapshot()) / 1024)
     most, packed = max(resident), max(snapshot)
-    return [
-        at_most("state of one run, resident", f"{most:.1f} KB", most, 24.0, "KB"),
-        at_most("state of one run, snapshot", f"{packed:.1f} KB", packed, 12.0, "KB"),
-    ]
+    yield at_most("state of one run, resident", f"{most:.1f} KB", most, 24.0, "KB")
+    yield at_most("state of one run, snapshot", f"{packed:.1f} KB", packed, 12.0, "KB")
 
 
 def _resident(values: Iterable[object]) -> int:
@@ -218,9 +208,8 @@ def _inside(value: Any) -> List[Any]:
     return [*parts, attributes] if attributes else parts
 
 
-def journal_speed(events: Sequence[StepEvent]) -> List[Row]:
+def journal_speed(events: Sequence[StepEvent]) -> Iterator[Row]:
     """Events a second into the journal, out of it, and out of it through the fold."""
-    rows: List[Row] = []
     for name, full in (("loss and grad_norm", False), ("all scalar columns", True)):
         with tempfile.TemporaryDirectory(prefix="argus-benchmark-") as place:
             folder = Path(place)
@@ -234,17 +223,9 @@ def journal_speed(events: Sequence[StepEvent]) -> List[Row]:
             if not read == folded == len(events):
                 raise RuntimeError(f"wrote {len(events)} events, read {read}, folded {folded}")
         rates = [len(events) / seconds for seconds in (written, read_s, fold_s)]
-        rows += [
-            information(f"journal, {name}: write", f"{rates[0]:,.0f} events/s", value=rates[0]),
-            information(f"journal, {name}: read", f"{rates[1]:,.0f} events/s", value=rates[1]),
-            information(
-                f"journal, {name}: read and fold",
-                f"{rates[2]:,.0f} events/s ({size:.0f} bytes an event)",
-                value=rates[2],
-                bytes=size,
-            ),
-        ]
-    return rows
+        for what, rate in zip(("write", "read", "read and fold"), rates):
+            measured = f"{rate:,.0f} events/s of {size:.0f} bytes"
+            yield information(f"journal, {name}: {what}", measured, value=rate, bytes=size)
 
 
 def _write(folder: Path, events: Sequence[StepEvent], full: bool) -> Tuple[float, float]:
