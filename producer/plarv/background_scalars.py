@@ -55,17 +55,11 @@ class BackgroundReader:
 
     def submit(self, value: Any, index: int, refuse: Unreadable) -> Optional[PendingRead]:
         """``None`` where too many wait already, or no thread can be started."""
-        jobs = self._jobs
-        if jobs is None or self._pid != os.getpid():
-            jobs = queue.Queue(_MAX_WAITING)
-            thread = threading.Thread(
-                target=_read_all, args=(jobs,), name="argus-scalars", daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError:  # interpreter shutdown, or no more threads
-                return None
-            self._jobs, self._pid = jobs, os.getpid()
+        jobs = self._jobs if self._pid == os.getpid() else None
+        if jobs is None:
+            jobs = self._begin()
+        if jobs is None:
+            return None
         part = PendingRead(index, refuse)
         try:
             # A copy on the device: the script may change its loss in place right after.
@@ -74,6 +68,17 @@ class BackgroundReader:
         except queue.Full:
             return None
         return part
+
+    def _begin(self) -> Optional[queue.Queue[Optional[Job]]]:
+        """A queue and a thread that reads it; None where no thread can be started."""
+        jobs: queue.Queue[Optional[Job]] = queue.Queue(_MAX_WAITING)
+        thread = threading.Thread(target=_read_all, args=(jobs,), name="argus-scalars", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # interpreter shutdown, or no more threads
+            return None
+        self._jobs, self._pid = jobs, os.getpid()
+        return jobs
 
     def close(self) -> None:
         """Let the thread go when it has read what is there; of a full queue it is let off one."""

@@ -14,7 +14,7 @@ from plarv_schemas.events import ControlEvent, Event, StepEvent, Verdict
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import read_run
 
-__all__ = ["WITNESSED", "controls", "live_records", "replayed_records"]
+__all__ = ["WITNESSED", "Records", "controls", "live_records", "replayed_records"]
 
 Records = Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]
 """(verdicts, actions), as JSON."""

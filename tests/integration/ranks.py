@@ -163,8 +163,12 @@ class _Job:
         self._kill(0, step)
 
     def _kill(self, rank: int, step: int) -> None:
-        if self.rank == rank and step == FAULT_AT:  # before anything can be seen
-            os.kill(os.getpid(), signal.SIGKILL)
+        import torch.distributed
+
+        if step == FAULT_AT - 1:  # side by side once: it is dead before there is a fault
+            torch.distributed.barrier()
+            if self.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
         self.ends_after = FAULT_AT + 300
 
     def _restart(self, step: int) -> None:

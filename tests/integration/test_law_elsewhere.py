@@ -7,18 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Optional
 
 import pytest
 from tests.integration import fold_digest
-from tests.integration.law import live_records
-from tests.integration.live import LiveRun
+from tests.integration.law import Records, live_records, replayed_records
+from tests.integration.live import LiveRun, stream
 from tests.processors.streams import FAULTY, HEALTHY
 
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import fold_rest
-from plarv_schemas.events import Verdict
 
 ROOT = Path(__file__).parents[2]
 ROOTS = os.pathsep.join(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
@@ -87,19 +87,45 @@ def test_every_python_and_hash_seed_folds_to_the_same_bits(
         assert done.stdout.split() == expected, f"Python {version}, hash seed {seed}"
 
 
-def test_an_export_replays_to_what_the_run_got_live(folders: List[Path], tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    from plarv_sinks.export import export
+def findings(folder: Path) -> Records:
+    """What a replay of an export's folder finds."""
     from plarv_sinks.replay import engine_for, read_events, replay
 
     told: List[str] = []
-    for folder in folders:
-        output = tmp_path / folder.name
-        export(folder, output, tell=told.append)
-        engine = engine_for(output, EngineConfig(), told.append)
-        found = list(replay(read_events(output, told.append), engine))
-        records = [json.loads(json.dumps(each.to_dict(), allow_nan=False)) for each in found]
-        verdicts = [r for r, each in zip(records, found) if isinstance(each, Verdict)]
-        actions = [r for r, each in zip(records, found) if not isinstance(each, Verdict)]
-        assert (verdicts, actions) == live_records(folder), folder.name
+    engine = engine_for(folder, EngineConfig(), told.append)
+    found = list(replay(read_events(folder, told.append), engine))
     assert told == []
+    records = [json.loads(json.dumps(each.to_dict(), allow_nan=False)) for each in found]
+    return (
+        [record for record in records if record["type"] == "verdict"],
+        [record for record in records if record["type"] == "action"],
+    )
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_an_export_replays_to_what_the_run_got_live(folders: List[Path], tmp_path: Path) -> None:
+    from plarv_sinks.export import export
+
+    told: List[str] = []
+    for folder in folders:
+        export(folder, tmp_path / folder.name, tell=told.append)
+        assert findings(tmp_path / folder.name) == live_records(folder), folder.name
+    assert told == []
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_an_export_of_what_nobody_has_folded_yet_settles_the_order_for_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from plarv.cli import main
+
+    run = LiveRun(monkeypatch, ranks=2, leads=False)
+    for event in stream("divergence", 620):
+        run.step(run.ranks[event.step // 100 % 2], event)
+        run.step(run.ranks[1 - event.step // 100 % 2], event)
+    run.complete()
+    assert live_records(run.folder) == ([], [])
+    assert main(["export", str(run.folder), "--output", str(tmp_path)]) == 0
+    (verdicts, actions) = live_records(run.folder)
+    assert verdicts
+    assert findings(tmp_path) == (verdicts, actions) == replayed_records(run.folder)

@@ -151,7 +151,7 @@ def test_a_killed_rank_holds_up_no_other(tmp_path: Path, who: str) -> None:
     assert end["lrs"][-1] == 3.0
     steps = {rank: [event.step for event in steps_of(run) if event.rank == rank] for rank in (0, 1)}
     assert steps[survivor] == list(range(ranks.FAULT_AT + 301))
-    assert steps[killed] == list(range(ranks.FAULT_AT + 1))
+    assert steps[killed] == list(range(ranks.FAULT_AT))
     assert steps_applied(run, "action_applied") == {}
     if who == "follower":
         assert {why for _, why in steps_applied(run, "action_dropped")[0]} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -33,10 +34,13 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the files and prints each with its number of rows."""
+    from plarv_processors.stored_fold import fold_rest
     from plarv_sinks.export import export
     from plarv_sinks.replay import ReplayError
 
     folder = find_run(options.run)
+    with contextlib.suppress(OSError):  # a folder that we may not write to is exported as it is
+        fold_rest(folder)  # in which order ranks are merged is decided once, and written down
     bar = ProgressBar(f"export {folder.name}", sys.stderr)
     try:
         done = export(folder, options.output or folder / "export", tell=tell, progress=bar.show)
