@@ -172,6 +172,7 @@ def _cpu_row(workload: str, what: str, pairs: int) -> Row:
         "%",
         engine_us=engine,
         loop_us=own,
+        open_verdicts=max(pair["open_verdicts"] for pair in found),
         step_cpu_us=bare,
     )
 

@@ -222,6 +222,7 @@ class CpuTime:
             taken = time.process_time_ns() - _threads_ns() - begin
             found["with_us" if reported else "without_us"] = taken * 1e-3 / steps
         found["engine_us"] = (_threads_ns() - engine) * 1e-3 / count
+        found["open_verdicts"] = len(self._argus.decision.verdicts)
         return found
 
     def _step(self, reported: bool) -> None:

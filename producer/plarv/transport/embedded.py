@@ -26,7 +26,7 @@ __all__ = ["EmbeddedTransport", "fold_rest"]
 
 _PAUSE_S = 0.05  # between two looks at the journal while all is well
 _PAUSE_BEHIND_S = 0.02  # while there is more to fold than fits into a slice
-_PAUSE_OPEN_S = 0.01  # while a verdict is open: now a late answer costs
+_PAUSE_OPEN_S = 0.01  # while a verdict asks for more than a warning: now a late answer costs
 _SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nine tenths of the GIL
 _CHUNK = 32  # events between two looks at the clock
 _SAVE_EVERY = 50_000  # events between two snapshots
@@ -141,7 +141,8 @@ class EmbeddedTransport:
             if behind:
                 pause = _PAUSE_BEHIND_S
             else:
-                pause = _PAUSE_OPEN_S if self._mailbox.decision.verdicts else _PAUSE_S
+                is_calm = self._mailbox.decision.action in ("CONTINUE", "WARN")
+                pause = _PAUSE_S if is_calm else _PAUSE_OPEN_S
             self._stop.wait(pause)
         self._finish()
 
