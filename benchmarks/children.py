@@ -65,9 +65,10 @@ class Child:
             pass  # its errors tell more, below
         line = process.stdout.readline()
         if not line:
-            process.wait()
+            status = process.wait()
             tail = self._errors.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
-            raise RuntimeError(f"a benchmark of {self.package.name} failed:\n{tail}")
+            who = f"a benchmark of {self.package.name} ended with status {status}"
+            raise RuntimeError(f"{who}:\n{tail}")
         return json.loads(line)
 
     def end(self) -> float:

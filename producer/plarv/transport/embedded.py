@@ -24,7 +24,7 @@ from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE
 
 __all__ = ["EmbeddedTransport", "fold_rest"]
 
-_PAUSE_S = 0.05  # between two looks at the journal while all is well
+_PAUSE_S = 0.1  # between two looks at the journal while all is well
 _PAUSE_BEHIND_S = 0.02  # while there is more to fold than fits into a slice
 _PAUSE_OPEN_S = 0.01  # while a verdict asks for more than a warning: now a late answer costs
 _SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nine tenths of the GIL
