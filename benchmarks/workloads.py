@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import random
 import sys
@@ -193,53 +192,65 @@ class TrainingSteps:
 
 
 class CpuTime:
-    """Process CPU time of 10 ms steps, reported to Argus and not, in short turns.
-
-    The engine's thread is there all the time. All that it uses counts as what Argus adds, also
-    while no step is reported.
-    """
+    """Process CPU time of 10 ms steps, in microseconds: the engine's, and the loop's own."""
 
     def __init__(self) -> None:
         self._curve = Curve()
         self._work = self._make_work()
+        self._units = 1  # of work in a step
+        self._calibrate()
         self._argus = open_argus()
         self._turn = 0
-        for _ in range(_WARM_UP // 2):
-            self._step(reported=True)
+        self.engine(_WARM_UP // 2)
 
-    def run(self, count: int) -> Dict[str, float]:
-        """CPU microseconds a step, over ``count`` that are reported and half as many that are not:
-        what the script's own threads take in each, and what the engine's takes.
+    def engine(self, count: int) -> Dict[str, float]:
+        """What the engine's thread takes a step, while ``count`` are reported."""
+        self._calibrate()
+        begin = _threads_ns()
+        for _ in range(count):
+            self._step(reported=True)
+        taken = _threads_ns() - begin
+        verdicts = self._argus.decision.verdicts
+        return {"engine_us": taken * 1e-3 / count, "open_verdicts": len(verdicts)}
+
+    def loop(self, count: int, pairs: int) -> Dict[str, List[float]]:
+        """What all else in the process takes a step: ``count`` reported ones, then as many that are
+        not or the other way round, ``pairs`` times.
         """
-        found: Dict[str, float] = {}
-        engine = _threads_ns()
-        self._turn += 1
-        for reported in (True, False) if self._turn % 2 else (False, True):
-            steps = count if reported else count // 2
-            begin = time.process_time_ns() - _threads_ns()
-            for _ in range(steps):
-                self._step(reported)
-            taken = time.process_time_ns() - _threads_ns() - begin
-            found["with_us" if reported else "without_us"] = taken * 1e-3 / steps
-        found["engine_us"] = (_threads_ns() - engine) * 1e-3 / count
-        found["open_verdicts"] = len(self._argus.decision.verdicts)
+        self._calibrate()
+        found: Dict[str, List[float]] = {"with_us": [], "without_us": []}
+        for _ in range(pairs):
+            self._turn += 1
+            for reported in (True, False) if self._turn % 2 else (False, True):
+                begin = time.process_time_ns() - _threads_ns()
+                for _ in range(count):
+                    self._step(reported)
+                taken = time.process_time_ns() - _threads_ns() - begin
+                found["with_us" if reported else "without_us"].append(taken * 1e-3 / count)
         return found
 
     def _step(self, reported: bool) -> None:
         loss, norm = self._curve.next()
-        self._work()
+        self._work(self._units)
         if reported:
             self._argus.step(loss, grad_norm=norm)
 
-    def _make_work(self) -> Callable[[], object]:
-        """Pure Python for about 10 ms: it holds the GIL but for the switch interval."""
-        return _calibrated(_python_loop)
+    def _calibrate(self) -> None:
+        """Finds how much work takes 10 ms now, in the best of some tries."""
+        best = 0.0
+        while not 0.5 * _STEP_MS < best < 2.0 * _STEP_MS:
+            best = min(_elapsed_ms(partial(self._work, self._units)) for _ in range(5))
+            self._units = max(1, int(self._units * min(8.0, _STEP_MS / best)))
+
+    def _make_work(self) -> Callable[[int], object]:
+        """Pure Python: it holds the GIL but for the switch interval."""
+        return _python_loop
 
 
 class TorchCpuTime(CpuTime):
     """The same with matrix products on two threads."""
 
-    def _make_work(self) -> Callable[[], object]:
+    def _make_work(self) -> Callable[[int], object]:
         torch = importlib.import_module("torch")
         torch.set_num_threads(2)
         left, right = torch.randn(256, 256), torch.randn(256, 256)
@@ -248,7 +259,7 @@ class TorchCpuTime(CpuTime):
             for _ in range(count):
                 torch.mm(left, right)
 
-        return _calibrated(products)
+        return products
 
 
 class Memory:
@@ -311,16 +322,6 @@ def _python_loop(count: int) -> int:
     for _ in range(count):
         value = (value * 1103515245 + 12345) & 0x7FFFFFFF
     return value
-
-
-def _calibrated(action: Callable[[int], object]) -> Callable[[], object]:
-    """``action(n)`` with the n that takes 10 ms of wall time in the best of many tries."""
-    count, best = 1, 0.0
-    while best < _STEP_MS / 2:
-        count *= 2
-        best = min(_elapsed_ms(partial(action, count)) for _ in range(20))
-    count = max(1, math.ceil(count * _STEP_MS / best))
-    return partial(action, count)
 
 
 def _elapsed_ms(action: Callable[[], object]) -> float:

@@ -25,10 +25,23 @@ SETTINGS: Mapping[str, Tuple[str, str]] = {
     "ARGUS_SILENT": ("0", "1: nothing is printed"),
     "ARGUS_JOURNAL_MAX_MB": ("1024", "bound of one run's journal on disk, in MiB"),
     "ARGUS_SHUTDOWN_TIMEOUT": ("2.0", "seconds that the exit may take at most"),
-    "ARGUS_API_KEY": ("", "key of a service; without an address the embedded engine is used"),
+    "ARGUS_API_KEY": (
+        "",
+        "`id:secret`, the SASL name and password of a fleet; unused when embedded",
+    ),
     "ARGUS_URL": ("", "address of an `argus serve`; not in this version: embedded instead"),
-    "ARGUS_BROKERS": ("", "Kafka brokers; not in this version: embedded instead"),
-    "ARGUS_RUN_KEY": ("", "key by which a fleet's actions are signed; unused when embedded"),
+    "ARGUS_BROKERS": ("", "Kafka brokers of a fleet, host:port, several separated by commas"),
+    "ARGUS_TOPIC_PREFIX": ("argus", "what the fleet's topics begin with"),
+    "ARGUS_RUN_KEY": ("", "key of the run, from `argus key for RUN`: checks a fleet's actions"),
+    "ARGUS_MASTER_KEY": ("", "key of the fleet, for workers and operators: signs actions, orders"),
+    "ARGUS_KAFKA_PROTOCOL": (
+        "",
+        "PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL; SASL_SSL where there is an api_key",
+    ),
+    "ARGUS_KAFKA_MECHANISM": ("PLAIN", "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"),
+    "ARGUS_KAFKA_CA": ("", "PEM file of the authority behind the brokers' certificates"),
+    "ARGUS_KAFKA_CERTIFICATE": ("", "PEM file of this client's certificate, for mutual TLS"),
+    "ARGUS_KAFKA_CERTIFICATE_KEY": ("", "PEM file of that certificate's key"),
 }
 """Name -> (default, meaning). The README's table is this one; a test compares them."""
 
