@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Dict, List, Optional, Tuple
 
+from plarv_processors.event_batch import EventBatch
 from plarv_schemas.events import ControlEvent, Event
 
-__all__ = ["Attempts"]
+__all__ = ["ENDINGS", "Attempts"]
+
+ENDINGS = frozenset({"session_finished", "rank_silent"})
+"""Kinds of control events by which an attempt may have ended."""
 
 _MAX_SESSIONS = 4096  # of one run; the oldest are forgotten past that
 
 # What is kept of a session, in a plain list: it is read on every event.
-_RECORD, _ATTEMPT, _STEP, _RANK, _FIRST = range(5)
+_RECORD, _ATTEMPT, _STEP, _RANK, _FIRST, _ENDED = range(6)
 
 
 class Attempts:
@@ -44,12 +48,38 @@ class Attempts:
         if isinstance(event, ControlEvent):
             if event.kind == "recovered":
                 self._go_on(known, event.record)
+            elif event.kind == "session_finished":
+                known[_ENDED] = 1
+            elif event.kind == "rank_silent":
+                self._end(event)
             return known[_ATTEMPT]
         if event.step < known[_STEP]:
             self._go_on(known, event.record)
         known[_STEP] = event.step
+        known[_ENDED] = 0
         self._steps_seen = True
         return known[_ATTEMPT]
+
+    def place_all(self, batch: EventBatch) -> Optional[int]:
+        """The attempt of all events of a batch at once; None: they must be placed one by one."""
+        if not batch.is_plain:
+            return None
+        known = self._sessions.get(batch.session)
+        if known is None or batch.first_record <= known[_RECORD] or batch.first_step < known[_STEP]:
+            return None
+        known[_RECORD], known[_STEP], known[_ENDED] = batch.last_record, batch.last_step, 0
+        self._steps_seen = True
+        return known[_ATTEMPT]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every session of the current attempt has finished, or has long been silent."""
+        ranks = [
+            known[_ENDED]
+            for known in self._sessions.values()
+            if known[_ATTEMPT] == self.current and known[_RANK] >= 0
+        ]
+        return bool(ranks) and all(ranks)
 
     def sessions(self) -> Tuple[Tuple[str, int], ...]:
         """(session, first record) of each rank in the current attempt, by rank."""
@@ -67,6 +97,12 @@ class Attempts:
         known = self._sessions.get(session)
         return 0 if known is None else known[_ATTEMPT]
 
+    def _end(self, event: ControlEvent) -> None:
+        """A session that a ``rank_silent`` event names has ended, unless it goes on."""
+        silent = self._sessions.get(str(event.data.get("session", "")))
+        if silent is not None:
+            silent[_ENDED] = 1
+
     def _enter(self, event: Event) -> List[int]:
         """A session's first event."""
         rank = -1 if event.rank is None else event.rank
@@ -79,7 +115,7 @@ class Attempts:
             self._restart = restart
         elif rank >= 0 and self._is_next(rank, restart):
             self._open_next(restart)
-        known = [-1, self.current, -1, rank, event.record]
+        known = [-1, self.current, -1, rank, event.record, 0]
         if len(self._sessions) >= _MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         self._sessions[event.session] = known

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
-from plarv_processors.attempts import Attempts
+from plarv_processors.attempts import ENDINGS, Attempts
 from plarv_processors.complete_steps import CompleteSteps
 from plarv_processors.detectors import registered
 from plarv_processors.detectors.detector import Detector
@@ -17,6 +17,7 @@ from plarv_schemas.versions import SNAPSHOT_VERSION
 __all__ = ["Engine", "EngineConfig"]
 
 _Update = Callable[[StepEvent], Tuple[Verdict, ...]]
+_NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Engine:
     bit.
 
     It reads no clock and does no I/O. A detector that raises is off for this run from that ordinal
-    on (``faults`` says which and why); every other one goes on.
+    on (``faults`` says which and why); every other one goes on. Where all sessions of an attempt
+    have ended, a step that still comes begins with fresh detectors and a fresh policy.
 
     >>> from plarv_processors.detectors.loss_spike import LossSpike
     >>> engine = Engine(EngineConfig(detectors=(LossSpike,)))
@@ -68,6 +70,9 @@ class Engine:
         self._steps = CompleteSteps()
         self.detectors: Tuple[Detector, ...] = ()
         self._off: Dict[str, int] = {}  # detector -> ordinal from which it is off
+        self._ended = False  # the attempt: its state is not used again
+        self._left_out: Dict[str, int] = {}  # detector -> last ordinal that it is called for
+        self._leave_after = _NEVER  # the first of these
         self._single: List[_Update] = []  # all of them, for a run of one rank
         self._by_rank: List[Tuple[int, _Update]] = []
         self._by_step: List[Tuple[int, _Update]] = []
@@ -90,6 +95,8 @@ class Engine:
             return ()
         self.accepted = True
         self.ordinal += 1
+        if self.ordinal > self._leave_after:
+            self._apply_left_out()
         if self.attempts.current != self.attempt:
             self._begin_attempt()
         if isinstance(event, ControlEvent):
@@ -97,6 +104,8 @@ class Engine:
         if attempt != self.attempt:
             self.stale += 1
             return ()
+        if self._ended:
+            self._begin_attempt()
         self.step = event.step
         world_size = event.world_size
         if world_size is None or world_size <= 1:
@@ -111,6 +120,14 @@ class Engine:
     def sessions(self) -> Tuple[Tuple[str, int], ...]:
         """(session, first record) of each rank in the attempt."""
         return self.attempts.sessions()
+
+    def leave_out(self, detector: str, ordinal: int) -> None:
+        """``detector`` is not called after ``ordinal``: it hung there when the run was live.
+
+        A replay collects this from the log's ``detector_left_out`` events before it folds.
+        """
+        self._left_out[detector] = min(ordinal, self._left_out.get(detector, ordinal))
+        self._leave_after = min(self._left_out.values())
 
     def snapshot(self) -> bytes:
         """The whole state, for an engine of the same ``fingerprint``."""
@@ -133,6 +150,7 @@ class Engine:
     def _begin_attempt(self) -> None:
         """Every attempt is judged by fresh detectors: its own past is all it has."""
         self.attempt = self.attempts.current
+        self._ended = False
         self.step = -1
         self._steps = CompleteSteps()
         self.policy.begin_attempt()
@@ -157,7 +175,16 @@ class Engine:
             name = str(event.data.get("detector", ""))
             self._off.setdefault(name, self.ordinal)
             self._wire()
+        self._ended = self._ended or (event.kind in ENDINGS and self.attempts.ended)
         return self.policy.control(event, self)
+
+    def _apply_left_out(self) -> None:
+        for name, last in self._left_out.items():
+            if self.ordinal > last:
+                self._off.setdefault(name, self.ordinal)
+        waiting = [last for last in self._left_out.values() if last >= self.ordinal]
+        self._leave_after = min(waiting, default=_NEVER)
+        self._wire()
 
     def _fold_rank(self, event: StepEvent) -> List[Verdict]:
         """One rank's event of a job of several: by rank at once, by step once the step is
@@ -200,7 +227,10 @@ class Engine:
         return found._replace(attempt=self.attempt, ordinal=self.ordinal)
 
 
-_OWN = ("ordinal", "attempt", "step", "duplicates", "stale", "_off", "faults")
+_OWN = (
+    "ordinal", "attempt", "step", "duplicates", "stale", "_off", "faults", "_ended", "_left_out",
+    "_leave_after",
+)  # fmt: skip
 _PARTS = ("attempts", "policy", "_steps")
 
 

@@ -8,7 +8,7 @@ SCHEMA_VERSION = 1
 JOURNAL_VERSION = 1
 """Of the bytes of a journal segment."""
 
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
 """Of a fold's snapshot. One of another version is never resumed: the log is folded again
 instead.
 """
