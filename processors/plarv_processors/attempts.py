@@ -90,6 +90,14 @@ class Attempts:
         ]
         return tuple((name, first) for _, name, first in sorted(ranks))
 
+    def open_sessions(self) -> Tuple[Tuple[str, int, int], ...]:
+        """(session, rank, last record) of the current attempt's sessions that have not ended."""
+        return tuple(
+            (name, known[_RANK], known[_RECORD])
+            for name, known in self._sessions.items()
+            if known[_ATTEMPT] == self.current and known[_RANK] >= 0 and not known[_ENDED]
+        )
+
     def of(self, session: str) -> int:
         """The attempt that the session's last event belongs to; 0: a session not seen, or
         forgotten.

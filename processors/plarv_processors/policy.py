@@ -153,6 +153,8 @@ class Policy:
             self._paused = order == "pause" or (self._paused and order != "resume")
             who = str(event.data.get("operator", "an operator"))
             parameters: Dict[str, Any] = {"operator": who, "order": order}
+            if "id" in event.data:  # of a fleet's order, by which its operator knows the answer
+                parameters["id"] = event.data["id"]
             if self.mode != "AUTO" and not self.accept_operator:
                 parameters["dry_run"] = True
             self._add_apply_step(parameters, step)

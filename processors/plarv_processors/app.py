@@ -1,0 +1,117 @@
+"""The Faust shell: the same folds as in one process, fed by Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any, Callable, List, NamedTuple, Optional
+
+import faust
+
+from plarv_processors.worker.config import WorkerConfig
+from plarv_processors.worker.decoding import Decoder
+from plarv_processors.worker.detector_shell import DetectorShell
+from plarv_processors.worker.health import Health, serve
+from plarv_processors.worker.left_out import to_json
+from plarv_processors.worker.policy_shell import PolicyShell
+from plarv_processors.worker.watchdog import Watchdog, forget_notes, read_notes
+from plarv_schemas.locks import FileLock
+
+__all__ = ["Fleet", "WorkerConfig", "build_app", "build_fleet", "free_name", "run_worker"]
+
+_log = logging.getLogger("plarv.worker")
+
+_MAX_WORKERS = 1000  # of one state folder
+
+
+class Fleet(NamedTuple):
+    """What one worker process runs."""
+
+    detectors: DetectorShell
+    policy: Optional[PolicyShell]
+    health: Health
+    watchdog: Watchdog
+
+
+def build_app(config: WorkerConfig) -> Any:
+    """The Faust app of the detectors: one agent each, every one with lanes of its own."""
+    return build_fleet(config).detectors.app
+
+
+def build_fleet(config: WorkerConfig) -> Fleet:
+    """The detectors' app, and unless told otherwise the policy's."""
+    health = Health(["detectors", "policy"] if config.run_policy else ["detectors"])
+    decoder = Decoder()  # one for both: they read the same messages at about the same time
+    watchdog = Watchdog(config.state_dir, config.hang_s)
+    detectors = DetectorShell(config, decoder, health, watchdog)
+    policy = PolicyShell(config, decoder, health) if config.run_policy else None
+    return Fleet(detectors, policy, health, watchdog)
+
+
+def run_worker(config: WorkerConfig, *, ready: Callable[[str], None]) -> int:
+    """Runs a worker until it is told to stop; its exit code. The topics are there already.
+
+    ``ready`` hears one line once the metrics are served.
+    """
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    _publish_notes(config)
+    fleet = build_fleet(config)
+    if config.metrics_port is not None:
+        port = serve(fleet.health, config.metrics_host, config.metrics_port)
+        ready(f"metrics and health on http://{config.metrics_host}:{port}/metrics and /healthz")
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    others: List[Any] = [] if fleet.policy is None else [fleet.policy.app]
+    fleet.watchdog.start()
+    worker = faust.Worker(
+        fleet.detectors.app,
+        *others,
+        loop=loop,
+        override_logging=False,
+        redirect_stdouts=False,
+        quiet=True,
+    )
+    try:
+        worker.execute_from_commandline()
+    except SystemExit as end:
+        return int(end.code or 0) if not isinstance(end.code, str) else 1
+    return 0
+
+
+def free_name(state_root: Path, host: str) -> tuple[str, Path, FileLock]:
+    """The first name of this host that no living worker has, its folder, and the lock on it.
+
+    A worker that starts again finds its old name and rejoins its group at once. OSError: the folder
+    cannot be written to.
+    """
+    state_root.mkdir(parents=True, exist_ok=True)
+    for number in range(1, _MAX_WORKERS):
+        folder = state_root / f"{host}-{number}"
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / "worker.lock")
+        if lock.acquire():
+            return folder.name, folder, lock
+    raise OSError(f"{state_root} has {_MAX_WORKERS} workers at work")
+
+
+def _publish_notes(config: WorkerConfig) -> None:
+    """What the last process of this name noted before it ended a detector goes to the topic."""
+    notes = read_notes(config.state_dir)
+    if not notes:
+        return
+    from kafka import KafkaProducer
+
+    producer = KafkaProducer(**config.connection.client_options(), acks="all")
+    try:
+        for note in notes:
+            producer.send(
+                config.topics.left_out,
+                key=f"{note.run_id}\0{note.detector}".encode(),
+                value=to_json(note),
+                partition=note.partition,
+            ).get(timeout=60)
+            _log.warning("run %s: %s is left out from here on: it hung", note.run_id, note.detector)
+    finally:
+        producer.close()
+    forget_notes(config.state_dir)

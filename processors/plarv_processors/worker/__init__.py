@@ -1,0 +1,1 @@
+"""The Faust workers of a fleet: detectors as agents, the policy as an app of its own."""
