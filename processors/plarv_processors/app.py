@@ -7,18 +7,18 @@ import logging
 from pathlib import Path
 from typing import Any, Callable, List, NamedTuple, Optional
 
-import faust
-
 from plarv_processors.worker.config import WorkerConfig
 from plarv_processors.worker.decoding import Decoder
 from plarv_processors.worker.detector_shell import DetectorShell
+from plarv_processors.worker.faust_app import faust
 from plarv_processors.worker.health import Health, serve
 from plarv_processors.worker.left_out import to_json
 from plarv_processors.worker.policy_shell import PolicyShell
 from plarv_processors.worker.watchdog import Watchdog, forget_notes, read_notes
+from plarv_schemas.kafka_clients import producer_client
 from plarv_schemas.locks import FileLock
 
-__all__ = ["Fleet", "WorkerConfig", "build_app", "build_fleet", "free_name", "run_worker"]
+__all__ = ["Fleet", "WorkerConfig", "build_app", "build_fleet", "run_worker", "take_name"]
 
 _log = logging.getLogger("plarv.worker")
 
@@ -64,7 +64,7 @@ def run_worker(config: WorkerConfig, *, ready: Callable[[str], None]) -> int:
     asyncio.set_event_loop(loop)
     others: List[Any] = [] if fleet.policy is None else [fleet.policy.app]
     fleet.watchdog.start()
-    worker = faust.Worker(
+    worker: Any = faust.Worker(
         fleet.detectors.app,
         *others,
         loop=loop,
@@ -72,6 +72,7 @@ def run_worker(config: WorkerConfig, *, ready: Callable[[str], None]) -> int:
         redirect_stdouts=False,
         quiet=True,
     )
+    worker.spinner = None  # it writes escapes, even into a file
     try:
         worker.execute_from_commandline()
     except SystemExit as end:
@@ -79,20 +80,24 @@ def run_worker(config: WorkerConfig, *, ready: Callable[[str], None]) -> int:
     return 0
 
 
-def free_name(state_root: Path, host: str) -> tuple[str, Path, FileLock]:
-    """The first name of this host that no living worker has, its folder, and the lock on it.
+def take_name(
+    state_root: Path, host: str, name: Optional[str] = None
+) -> tuple[str, Path, FileLock]:
+    """A name that no living worker of this state folder has, its own folder, and the lock on it.
 
-    A worker that starts again finds its old name and rejoins its group at once. OSError: the folder
-    cannot be written to.
+    ``name``, or the first free one of ``host-1``, ``host-2``, ...: a worker that starts again finds
+    its old name and rejoins its group at once. OSError: the folder cannot be written to;
+    ValueError: a worker of that name is at work.
     """
     state_root.mkdir(parents=True, exist_ok=True)
-    for number in range(1, _MAX_WORKERS):
-        folder = state_root / f"{host}-{number}"
+    wanted = [f"{host}-{number}" for number in range(1, _MAX_WORKERS)] if name is None else [name]
+    for each in wanted:
+        folder = state_root / each
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / "worker.lock")
         if lock.acquire():
-            return folder.name, folder, lock
-    raise OSError(f"{state_root} has {_MAX_WORKERS} workers at work")
+            return each, folder, lock
+    raise ValueError(f"a worker named {wanted[-1]} is at work already, in {state_root}")
 
 
 def _publish_notes(config: WorkerConfig) -> None:
@@ -100,10 +105,7 @@ def _publish_notes(config: WorkerConfig) -> None:
     notes = read_notes(config.state_dir)
     if not notes:
         return
-    from kafka import KafkaProducer
-
-    producer = KafkaProducer(**config.connection.client_options(), acks="all")
-    try:
+    with producer_client(config.connection) as producer:
         for note in notes:
             producer.send(
                 config.topics.left_out,
@@ -112,6 +114,4 @@ def _publish_notes(config: WorkerConfig) -> None:
                 partition=note.partition,
             ).get(timeout=60)
             _log.warning("run %s: %s is left out from here on: it hung", note.run_id, note.detector)
-    finally:
-        producer.close()
     forget_notes(config.state_dir)

@@ -14,7 +14,7 @@ from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.records import paused_by
 from plarv_schemas.run_log import is_run_dir
 
-__all__ = ["ORDERS", "OrderError", "find_run", "order"]
+__all__ = ["ORDERS", "OrderError", "find_run", "order", "user_name"]
 
 ORDERS = ("resume", "pause", "stop")
 
@@ -45,7 +45,7 @@ def order(run: str, kind: str, operator: Optional[str] = None) -> str:
     if kind not in ORDERS:
         raise OrderError(f"an order is one of {', '.join(ORDERS)}, not {kind!r}")
     folder = find_run(run)
-    who = operator or _user()
+    who = operator or user_name()
     try:
         writer = JournalWriter(
             folder,
@@ -73,7 +73,8 @@ def order(run: str, kind: str, operator: Optional[str] = None) -> str:
     return f"{kind} recorded: no engine is running for {folder.name}"
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who is at the keyboard, as an order names them."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):

@@ -72,8 +72,11 @@ def decode_steps(batch: RecordBatch) -> List[StepEvent]:
     """The inverse of `encode_steps`. ValueError: another table, newer version, broken column."""
     columns = _decode("steps", batch)
     for place in range(len(columns) - len(LIST_COLUMNS), len(columns)):
-        columns[place] = [None if cell is None else tuple(cell) for cell in columns[place]]
-    return [StepEvent(*row) for row in zip(*columns)]
+        if columns[place].count(None) < len(columns[place]):
+            columns[place] = [None if cell is None else tuple(cell) for cell in columns[place]]
+    # Past the constructor, which costs more than all the rest: the fields are in their order.
+    new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return [new(StepEvent, (*row, ())) for row in zip(*columns)]
 
 
 def encode_controls(
@@ -131,9 +134,10 @@ def decode_actions(batch: RecordBatch) -> List[Action]:
 
 def extra_column(batch: RecordBatch, name: Literal["ordinal", "attempt"]) -> Optional[List[int]]:
     """The events' ordinals or attempts, where the batch carries them."""
-    if name not in batch.schema.names:
+    names = batch.schema.names
+    if name not in names:
         return None
-    return cast(List[int], _checked(Column(name, "int", required=True), batch))
+    return cast(List[int], _checked(Column(name, "int", required=True), batch, names))
 
 
 @lru_cache(maxsize=None)
@@ -274,11 +278,12 @@ def _decode(table: TableName, batch: RecordBatch) -> List[List[Any]]:
     found = table_of(batch.schema)
     if found not in (None, table):
         raise ValueError(f"this batch holds {found}, not {table}")
-    return [_checked(column, batch) for column in TABLE_COLUMNS[table]]
+    names = batch.schema.names
+    return [_checked(column, batch, names) for column in TABLE_COLUMNS[table]]
 
 
-def _checked(column: Column, batch: RecordBatch) -> List[Any]:
-    times = batch.schema.names.count(column.name)
+def _checked(column: Column, batch: RecordBatch, names: Sequence[str]) -> List[Any]:
+    times = names.count(column.name)
     if times > 1:
         raise ValueError(f"column {column.name} is there {times} times")
     if times == 0:
@@ -286,13 +291,14 @@ def _checked(column: Column, batch: RecordBatch) -> List[Any]:
             raise ValueError(f"column {column.name} is missing")
         return [None] * batch.num_rows
     array = batch.column(column.name)
-    if not _fits(column.kind, array.type):
+    if not _fits(column.kind, cast(Any, array.type)):
         raise ValueError(f"column {column.name} holds {array.type}, which is not {column.kind}")
     if column.required and array.null_count:
         raise ValueError(f"column {column.name} has {array.null_count} missing values")
     return array.to_pylist()
 
 
+@lru_cache(maxsize=256)
 def _fits(kind: ValueKind, found: Any) -> bool:
     """Whether such values may come as the type found: in any width, as other writers choose."""
     types = require_pyarrow("pyarrow.types")

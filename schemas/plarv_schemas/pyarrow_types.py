@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
 
@@ -63,6 +64,7 @@ class RecordBatch(Protocol):
     def shape(self) -> Tuple[int, int]: ...
 
 
+@lru_cache(maxsize=None)  # it is asked for a dozen times a message
 def require_pyarrow(module: str = "pyarrow") -> ModuleType:
     """pyarrow, or one of its modules. ImportError says which extra brings it."""
     try:

@@ -22,7 +22,7 @@ class WorkerConfig:
     connection: Connection
     detectors: Tuple[Type[Detector], ...]
     all_detectors: Tuple[Type[Detector], ...]  # of the fleet, in the order the policy hears them
-    topics: Topics = Topics()
+    topics: Topics = field(default_factory=Topics)
     run_policy: bool = True
     awaited: Optional[Tuple[Type[Detector], ...]] = None  # by the policy; None: all of the fleet's
     policy: Policy.Config = field(default_factory=Policy.Config)

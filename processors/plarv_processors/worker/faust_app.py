@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
-from typing import Any, List, Optional, Sequence, Tuple
-
-import faust
-from faust.transport.drivers import aiokafka as driver
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from plarv_processors.worker.config import WorkerConfig
 from plarv_schemas.messages import Message
 from plarv_schemas.topics import MAX_MESSAGE_BYTES
 
 __all__ = ["FleetApp", "new_app", "send", "send_all"]
+
+faust: Any = importlib.import_module("faust")
+_driver: Any = importlib.import_module("faust.transport.drivers.aiokafka")
 
 _log = logging.getLogger("plarv.worker")
 
@@ -24,23 +25,23 @@ _BUFFER = 256  # messages that wait for an agent; more would only be memory
 _PENDING = 200  # of a bulk send
 
 
-class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+class _Thread(_driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     """Faust asks the broker to hold a fetch for 1.5 s, a literal there is no setting for. While
     one partition is idle, that holds up the others on the same broker: a third of the speed.
     """
 
     def _create_worker_consumer(self, transport: Any) -> Any:
-        consumer = super()._create_worker_consumer(transport)
-        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
-        return consumer
+        made: Any = _driver.AIOKafkaConsumerThread._create_worker_consumer(self, transport)
+        made._fetch_max_wait_ms = _FETCH_WAIT_MS
+        return made
 
 
-class _Consumer(driver.Consumer):  # type: ignore[misc]
+class _Consumer(_driver.Consumer):  # type: ignore[misc]
     def _new_consumer_thread(self) -> Any:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
 
 
-class _Transport(driver.Transport):  # type: ignore[misc]
+class _Transport(_driver.Transport):  # type: ignore[misc]
     Consumer = _Consumer
 
 
@@ -58,7 +59,7 @@ def new_app(group: str, config: WorkerConfig) -> FleetApp:
     seconds instead of waiting out its old session.
     """
     connection = config.connection
-    options = {}
+    options: Dict[str, Any] = {}
     credentials = _credentials(config)
     if credentials is not None:
         options["broker_credentials"] = credentials

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -15,7 +15,6 @@ __all__ = ["Health", "serve"]
 _LAG_LIMIT_S = 30.0  # from a message's time to its judgement
 _LAG_FRESH_S = 15.0  # an older measurement says nothing about now
 _LOOP_LIMIT_S = 10.0  # without a turn of the event loop
-_SESSION_S = 60.0  # after the start, without partitions
 
 
 class Health:
@@ -27,6 +26,7 @@ class Health:
         self._lag_s = 0.0
         self._lag_at = 0.0
         self._turned = time.monotonic()
+        self._folded: Dict[str, Tuple[Any, Any]] = {}  # looking a label up costs more than counting
         registry = self.registry
         self._steps = Counter("argus_steps", "Events judged", ["detector"], registry=registry)
         self._seconds = Counter(
@@ -60,13 +60,17 @@ class Health:
 
     def folded(self, detector: str, events: int, seconds: float) -> None:
         """A detector has judged a message."""
-        self._steps.labels(detector).inc(events)
-        self._seconds.labels(detector).inc(seconds)
+        counters = self._folded.get(detector)
+        if counters is None:
+            counters = self._folded[detector] = (
+                self._steps.labels(detector), self._seconds.labels(detector)
+            )  # fmt: skip
+        counters[0].inc(events)
+        counters[1].inc(seconds)
 
-    def judged(self, timestamp: Optional[float]) -> None:
-        """A message of that time has been judged: UTC seconds (Faust's) or ms (the client's)."""
+    def judged(self, timestamp_s: Optional[float]) -> None:
+        """A message of that time (UTC) has been judged by the last detector."""
         now = time.time()
-        timestamp_s = timestamp / 1000.0 if timestamp and timestamp > 1e11 else timestamp
         self._lag_s, self._lag_at = max(0.0, now - (timestamp_s or now)), time.monotonic()
         self._delay.set(self._lag_s)
 
@@ -153,7 +157,7 @@ def serve(health: Health, host: str, port: int) -> int:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
             """Nothing: a probe every few seconds is no news."""
 
     server = ThreadingHTTPServer((host, port), Handler)

@@ -6,13 +6,11 @@ import asyncio
 import logging
 from typing import Any, Dict, Mapping, Optional
 
-from aiokafka import TopicPartition
-
 from plarv_processors.worker.config import WorkerConfig
 from plarv_processors.worker.orders import OrderDesk
 from plarv_processors.worker.policy_lane import PolicyLane
 from plarv_processors.worker.shell import fatal
-from plarv_processors.worker.topic_ranges import begin_offsets, new_consumer
+from plarv_processors.worker.topic_ranges import begin_offsets, new_consumer, place
 from plarv_schemas.messages import decode_verdict, decode_watermark
 from plarv_schemas.topics import OFFSET_HEADER, TABLE_HEADER, header
 
@@ -27,7 +25,7 @@ class PolicyReader:
     def __init__(self, config: WorkerConfig, desk: OrderDesk) -> None:
         self._config = config
         self._desk = desk
-        self._consumer: Optional[Any] = None
+        self._consumer: Any = None
         self._task: Optional[asyncio.Task[None]] = None
         self._lanes: Dict[int, PolicyLane] = {}
 
@@ -46,15 +44,15 @@ class PolicyReader:
         consumer, topics = self._consumer, self._config.topics
         verdicts = await begin_offsets(consumer, topics.verdicts, list(lanes))
         orders = await begin_offsets(consumer, topics.orders, list(lanes))
-        places: Dict[TopicPartition, int] = {}
+        places: Dict[Any, int] = {}
         for partition, lane in lanes.items():
             lane.verdicts_next = max(lane.verdicts_next, verdicts[partition])
             lane.orders_next = max(lane.orders_next, orders[partition])
-            places[TopicPartition(topics.verdicts, partition)] = lane.verdicts_next
-            places[TopicPartition(topics.orders, partition)] = lane.orders_next
+            places[place(topics.verdicts, partition)] = lane.verdicts_next
+            places[place(topics.orders, partition)] = lane.orders_next
         consumer.assign(list(places))
-        for place, offset in places.items():
-            consumer.seek(place, offset)
+        for where, offset in places.items():
+            consumer.seek(where, offset)
         self._task = asyncio.ensure_future(self._read(consumer))
 
     async def _read(self, consumer: Any) -> None:
@@ -62,10 +60,10 @@ class PolicyReader:
         while True:
             try:
                 found = await consumer.getmany(timeout_ms=1000, max_records=1000)
-                for place, records in found.items():
-                    lane = self._lanes[place.partition]
+                for where, records in found.items():
+                    lane = self._lanes[where.partition]
                     for record in records:
-                        if place.topic == orders:
+                        if where.topic == orders:
                             await self._desk.take(record, lane)
                             lane.orders_next = record.offset + 1
                         else:

@@ -161,7 +161,6 @@ class PolicyShell(Shell):
             for action in actions:
                 await self._publish(action, lane.partition, offset)
         lane.done(offset)
-        self.health.judged(getattr(message, "timestamp", None))
 
     async def _tell_left_out(self, lane: PolicyLane, run_id: str, offset: int) -> None:
         """Writes down, before the message is folded, which detectors hung on it."""
@@ -186,7 +185,6 @@ class PolicyShell(Shell):
         began, said = time.monotonic(), False
         while True:
             await asyncio.sleep(_SILENCE_EVERY_S)
-            self.health.turn()
             for partition, event in self._silence.overdue(time.monotonic()):
                 if partition in self.lanes:
                     await self.write(event, partition)

@@ -21,6 +21,7 @@ _log = logging.getLogger("plarv.worker")
 
 _BUSY_SHARE = 20  # packing snapshots takes one part in so many of the time
 _LOG_BEGIN_EVERY_S = 60.0
+_TELL_EVERY_S = 2.0
 _EXIT_CODE = 70  # the supervisor starts the worker again; nothing was committed that is not done
 
 
@@ -49,7 +50,7 @@ class Shell:
         self._label = label  # detectors or policy
         self._log_begin: Dict[int, int] = {}
         self._log_begin_at = 0.0
-        self._side: Optional[Any] = None  # a consumer of our own, beside the group's
+        self._side: Any = None  # a consumer of our own, beside the group's
 
         async def rebuild(*_: Any, **__: Any) -> None:
             try:
@@ -60,6 +61,7 @@ class Shell:
         self._rebuild_hook = rebuild  # Faust's signals hold their receivers weakly
         app.on_rebalance_complete.connect(rebuild)
         app.task(self._snapshots)
+        app.task(self._tell)
 
     # What the two apps do each in their own way.
 
@@ -182,6 +184,28 @@ class Shell:
             pause = max(self.config.snapshot_s, spent * _BUSY_SHARE)
             await asyncio.sleep(max(0.2, pause - (time.monotonic() - began)))
             await self._look_where_the_log_begins()
+
+    async def _tell(self) -> None:
+        """Keeps the gauges: how much waits, and how many runs there are."""
+        while True:
+            self.health.turn()
+            ended = held = 0
+            for partition, lanes in list(self.lanes.items()):
+                highwater = self._highwater(partition)
+                if highwater is not None:
+                    waiting = highwater - min(lane.next for lane in lanes)
+                    self.health.lag(self._label, partition, max(0, waiting))
+                held += len(lanes[0].runs)
+                ended += sum(1 for entry in lanes[0].runs.values() if entry.fold.ended)
+            self.health.runs(self._label, held - ended, ended)
+            await asyncio.sleep(_TELL_EVERY_S)
+
+    def _highwater(self, partition: int) -> Optional[int]:
+        for tp in self.app.consumer.assignment():
+            if tp.topic == self.config.topics.steps and tp.partition == partition:
+                found: Optional[int] = self.app.consumer.highwater(tp)
+                return found
+        return None
 
     async def _round(self, lane: Lane[Any]) -> float:
         generation = self.app.consumer_generation_id

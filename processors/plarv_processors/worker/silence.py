@@ -1,4 +1,4 @@
-"""Who has not been heard of for long: the policy's worker looks at the clock, and writes it down."""
+"""Who has not been heard of for long: somebody looks at the clock once, and writes it down."""
 
 from __future__ import annotations
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from typing import Any, AsyncIterator, Dict, List, Mapping, Tuple
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-
 from plarv_schemas.kafka_connection import Connection
 
-__all__ = ["begin_offsets", "end_offsets", "new_consumer", "read_ranges"]
+__all__ = ["begin_offsets", "end_offsets", "new_consumer", "place", "read_ranges"]
+
+_aiokafka: Any = importlib.import_module("aiokafka")  # it ships no types
 
 _STALLED_S = 60.0
 
 
 def new_consumer(connection: Connection, **options: Any) -> Any:
     """An aiokafka consumer without a group; it is not started yet."""
-    return AIOKafkaConsumer(
+    return _aiokafka.AIOKafkaConsumer(
         **connection.client_options(),
         group_id=None,
         enable_auto_commit=False,
@@ -29,15 +30,20 @@ def new_consumer(connection: Connection, **options: Any) -> Any:
     )
 
 
+def place(topic: str, partition: int) -> Any:
+    """A topic's partition, as aiokafka wants it named."""
+    return _aiokafka.TopicPartition(topic, partition)
+
+
 async def end_offsets(consumer: Any, topic: str, partitions: List[int]) -> Dict[int, int]:
     """The offsets at which the next records will stand."""
-    places = [TopicPartition(topic, partition) for partition in partitions]
+    places = [place(topic, partition) for partition in partitions]
     return {tp.partition: end for tp, end in (await consumer.end_offsets(places)).items()}
 
 
 async def begin_offsets(consumer: Any, topic: str, partitions: List[int]) -> Dict[int, int]:
     """The offsets of the oldest records that are kept."""
-    places = [TopicPartition(topic, partition) for partition in partitions]
+    places = [place(topic, partition) for partition in partitions]
     return {tp.partition: at for tp, at in (await consumer.beginning_offsets(places)).items()}
 
 
@@ -50,26 +56,24 @@ async def read_ranges(
     a minute, so what was read is not whole.
     """
     open_ranges = {
-        TopicPartition(topic, partition): span
-        for partition, span in ranges.items()
-        if span[0] < span[1]
+        place(topic, partition): span for partition, span in ranges.items() if span[0] < span[1]
     }
     if not open_ranges:
         return
     consumer.assign(list(open_ranges))
-    for place, (begin, _) in open_ranges.items():
-        consumer.seek(place, begin)
+    for where, (begin, _) in open_ranges.items():
+        consumer.seek(where, begin)
     heard = time.monotonic()
     while open_ranges:
         found = await consumer.getmany(*open_ranges, timeout_ms=500, max_records=500)
-        for place, records in found.items():
+        for where, records in found.items():
             heard = time.monotonic()
-            wanted = [record for record in records if record.offset < open_ranges[place][1]]
+            wanted = [record for record in records if record.offset < open_ranges[where][1]]
             if wanted:
                 yield wanted
-        for place in list(open_ranges):
-            if await consumer.position(place) >= open_ranges[place][1]:
-                del open_ranges[place]
+        for where in list(open_ranges):
+            if await consumer.position(where) >= open_ranges[where][1]:
+                del open_ranges[where]
         if time.monotonic() - heard > _STALLED_S:
             raise TimeoutError(f"{topic}: the broker gave nothing for {_STALLED_S:.0f} s")
         await asyncio.sleep(0)

@@ -56,7 +56,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command``, the function that runs it."""
-    from plarv.cli import demo, export, replay, runs
+    from plarv.cli import demo, export, replay, runs, worker
 
     parser = argparse.ArgumentParser(
         prog="argus",
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"argus {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (demo, replay, export, runs):
+    for module in (demo, replay, export, runs, worker):
         module.add_to(commands)
     return parser
 

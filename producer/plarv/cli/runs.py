@@ -1,4 +1,4 @@
-"""``argus runs``, ``argus status``, and an operator's orders: ``resume``, ``pause``, ``stop``."""
+"""``argus runs`` and ``argus status``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from plarv.cli.complaint import Complaint
 from plarv.cli.run_folders import RunState, find_run, run_folders, runs_root, state_of
+from plarv.cli.table import aligned
 from plarv_schemas.events import Action, Verdict
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, paused_by, read_lines
 
 __all__ = ["add_to"]
 
 _MAX_FINDINGS = 50  # that `status` shows; the files beside the journal have all of them
-_ORDERS = (
-    ("resume", "lift a pause, so that the run's next attempt may start"),
-    ("pause", "ask a run to pause"),
-    ("stop", "ask a run to stop for good"),
-)
 
 
 def add_to(commands: Any) -> None:
@@ -36,21 +32,6 @@ def add_to(commands: Any) -> None:
         "runs", help="the runs in ARGUS_DIR", description="Lists the runs in ARGUS_DIR."
     )
     parser.set_defaults(command=_runs)
-    for kind, what in _ORDERS:
-        parser = commands.add_parser(kind, help=what, description=f"An operator's order: {what}.")
-        parser.add_argument("run", metavar="RUN", help="id or folder of the run")
-        parser.set_defaults(command=_order, order=kind)
-
-
-def _order(options: argparse.Namespace) -> int:
-    from plarv.orders import OrderError, order
-
-    find_run(options.run)  # names the runs that there are, where this one is not
-    try:
-        sys.stdout.write(order(options.run, options.order) + "\n")
-    except OrderError as error:
-        raise Complaint(str(error), 1) from error
-    return 0
 
 
 def _runs(options: argparse.Namespace) -> int:
@@ -76,7 +57,7 @@ def _runs(options: argparse.Namespace) -> int:
     if len(rows) == 1:
         sys.stderr.write(f"argus: no runs in {runs_root()}\n")
         return 0
-    for line in _aligned(rows):
+    for line in aligned(rows):
         sys.stdout.write(line + "\n")
     return 0
 
@@ -92,7 +73,7 @@ def _status(options: argparse.Namespace) -> int:
     else:
         folder = find_run(options.run)
     findings = sorted(_recorded(folder), key=lambda finding: finding.ordinal)
-    for line in _aligned(list(_facts(_state(folder), findings))):
+    for line in aligned(list(_facts(_state(folder), findings))):
         sys.stdout.write(line + "\n")
     shown = findings[-_MAX_FINDINGS:]
     if shown:
@@ -156,12 +137,6 @@ def _state(folder: Path) -> RunState:
         return state_of(folder)
     except ValueError as error:
         raise Complaint(f"{folder}: {error}") from error
-
-
-def _aligned(rows: Sequence[Tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
 
 
 def _local_time(utc_ns: int) -> str:
