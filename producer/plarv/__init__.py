@@ -28,6 +28,7 @@ from plarv.exceptions import (
 if TYPE_CHECKING:
     from plarv.client import Argus
     from plarv.decision import Decision
+    from plarv.fleet.actions import actions
 
 __version__ = "0.1.0"
 
@@ -46,11 +47,14 @@ __all__ = [
     "ArgusServerError",
     "Decision",
     "__version__",
+    "actions",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """``Argus`` and ``Decision``, loaded at first use: importing plarv costs a few milliseconds."""
+    """``Argus``, ``Decision`` and ``actions`` are loaded at first use: importing plarv costs a few
+    milliseconds.
+    """
     if name == "Argus":
         from plarv.client import Argus
 
@@ -59,4 +63,8 @@ def __getattr__(name: str) -> object:
         from plarv.decision import Decision
 
         return Decision
+    if name == "actions":
+        from plarv.fleet.actions import actions
+
+        return actions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

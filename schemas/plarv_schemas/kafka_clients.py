@@ -31,7 +31,7 @@ class BrokerError(Exception):
 
 
 class RefusedError(BrokerError):
-    """They answer, and refuse: credentials, rights, or what was asked. Trying again is no use."""
+    """They answer, and refuse the credentials, or the right to it. Trying again is no use."""
 
 
 def require_kafka(module: str = "kafka") -> ModuleType:
@@ -154,5 +154,5 @@ def _sorted_out(connection: Connection, error: Exception) -> Optional[BrokerErro
     if "Authorization" in said:
         return RefusedError(f"the brokers at {where} do not allow it ({said})")
     if isinstance(error, errors.BrokerResponseError) and not getattr(error, "retriable", False):
-        return RefusedError(f"the brokers at {where} refuse it ({said})")
+        return BrokerError(f"the brokers at {where} refuse it ({said})")
     return BrokerError(f"no answer from the brokers at {where} ({said})")

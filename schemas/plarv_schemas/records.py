@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from plarv_schemas.events import Action, ControlEvent
 from plarv_schemas.run_log import read_run
@@ -39,14 +39,17 @@ def paused_by(folder: Path) -> Optional[Action]:
     One that the training processes dropped together, refused, or let expire holds nothing. Where a
     pause stands this reads the run's whole log: seconds at most.
     """
-    newest: Optional[Action] = None
+    found: List[Action] = []
     for record in read_lines(folder / ACTIONS_FILE):
         if record.get("kind") not in ("PAUSE", "RESUME"):
             continue
         try:
-            action = Action.from_dict(record)
+            found.append(Action.from_dict(record))
         except (KeyError, TypeError, ValueError):
             continue
+    newest: Optional[Action] = None
+    # A fleet's action may be written down late, by the next start; its ordinal says when it was.
+    for action in sorted(found, key=lambda action: action.ordinal):
         if action.kind == "RESUME":
             newest = None
         elif not action.parameters.get("dry_run"):

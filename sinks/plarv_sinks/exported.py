@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 from plarv_schemas import arrow
-from plarv_schemas.events import Event
+from plarv_schemas.events import ControlEvent, Event
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
 from plarv_sinks.curve import ReplayError, first_line
 
-__all__ = ["read_export", "read_recorded_steps"]
+__all__ = ["read_export", "read_recorded_controls", "read_recorded_steps"]
 
 _BATCH_ROWS = 1024
 
@@ -32,6 +32,13 @@ def read_recorded_steps(path: Path) -> Iterator[Event]:
     """The steps of a ``steps.parquet`` on its own, without the control events beside it."""
     for _, event in _rows(path, arrow.decode_steps):
         yield event
+
+
+def read_recorded_controls(path: Path) -> Iterator[ControlEvent]:
+    """The control events of an ``events.parquet`` on its own."""
+    for _, event in _rows(path, arrow.decode_controls):
+        if isinstance(event, ControlEvent):
+            yield event
 
 
 def _ordinal(row: Tuple[int, Event]) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Iterator, List, Sequence, TextIO, Tuple
 
-from plarv_schemas.events import Verdict
+from plarv_schemas.events import Action, Verdict
 from plarv_sinks.replay import Finding, RunSummary
 
-__all__ = ["duration_text", "findings_table", "summary_line", "wants_colour"]
+__all__ = ["action_line", "duration_text", "findings_table", "summary_line", "wants_colour"]
 
 _COLOURS = {"ok": "32", "warn": "33", "critical": "1;31", "=>": "1;36"}
 _Row = Tuple[str, ...]
@@ -19,7 +19,7 @@ def findings_table(findings: Sequence[Finding], *, colour: bool = False) -> Iter
 
     The attempt is shown where there was more than one. Control characters are shown as ``?``.
 
-    >>> from plarv_schemas.events import Verdict
+    >>> from plarv_schemas.events import Action, Verdict
     >>> found = Verdict("run", 1, None, 60, 60, "loss_spike", "transient", "warn", "opened", 60,
     ...                 9.0, 8.0, {}, "loss 9 is 9.0 sigma above its median 2", "loss_spike-1")
     >>> for line in findings_table([found]):
@@ -35,6 +35,18 @@ def findings_table(findings: Sequence[Finding], *, colour: bool = False) -> Iter
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for number, row in enumerate(rows):
         yield _line(row, widths, 1 + len(attempts) if colour and number else -1)
+
+
+def action_line(action: Action) -> str:
+    """One action in one line, for a list that grows.
+
+    >>> asked = Action("run", 1, (), 60, 60, "PAUSE", {"dry_run": True}, "jo ordered pause", (),
+    ...                0.0, 260)
+    >>> action_line(asked)
+    '      60  =>  PAUSE  jo ordered pause (MANUAL: not applied)'
+    """
+    step, arrow, kind, _, reason = _row(action, False)
+    return f"{step:>8}  {arrow}  {kind}  {reason}"
 
 
 def summary_line(summary: RunSummary) -> str:

@@ -12,7 +12,7 @@ from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_schemas.run_log import RunLog, is_run_dir, read_run
 from plarv_sinks.curve import ReplayError, Tell, first_line, read_curve
 from plarv_sinks.curve_files import CsvCurve, JsonLinesCurve, ParquetCurve
-from plarv_sinks.exported import read_export, read_recorded_steps
+from plarv_sinks.exported import read_export, read_recorded_controls, read_recorded_steps
 
 __all__ = ["Finding", "Fold", "ReplayError", "RunSummary", "engine_for", "read_events", "replay"]
 
@@ -125,6 +125,8 @@ def engine_for(path: Path, config: EngineConfig, tell: Tell) -> Engine:
         tell(f"{path}: begins at the event of ordinal {base + 1:,}; older ones were removed")
     elif base is not None:
         tell(f"{path}: older events were removed; the fold's state there is of other detectors")
+    for detector, ordinal in _left_out(path):
+        engine.leave_out(detector, ordinal)
     return engine
 
 
@@ -140,6 +142,17 @@ def replay(
             if summary is not None:
                 summary.count_finding(finding)
             yield finding
+
+
+def _left_out(path: Path) -> Iterator[Tuple[str, int]]:
+    """Detectors that the export's run had to go on without, and the last ordinal of each."""
+    if not (path / "events.parquet").is_file():
+        return
+    for event in read_recorded_controls(path / "events.parquet"):
+        detector, ordinal = event.data.get("detector"), event.data.get("ordinal")
+        if event.kind == "detector_left_out" and isinstance(detector, str):
+            if isinstance(ordinal, int):
+                yield detector, ordinal
 
 
 def _open(path: Path, tell: Tell) -> Iterator[Event]:

@@ -23,6 +23,8 @@ _EXAMPLES = """examples:
   argus export .argus/runs/RUN          the journal as Parquet files
   argus status                          where the newest run stands
   argus resume RUN                      lift a pause; also: argus pause RUN, argus stop RUN
+  argus replay --from kafka://HOST:PORT --runs RUN --compare
+                                        judge a fleet's run again and compare
 """
 
 
@@ -56,7 +58,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command``, the function that runs it."""
-    from plarv.cli import demo, export, replay, runs, worker
+    from plarv.cli import (
+        actions,
+        dead_letters,
+        demo,
+        export,
+        keys,
+        orders,
+        replay,
+        runs,
+        topics,
+        worker,
+    )
 
     parser = argparse.ArgumentParser(
         prog="argus",
@@ -66,7 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"argus {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (demo, replay, export, runs, worker):
+    for module in (
+        demo,
+        replay,
+        export,
+        runs,
+        orders,
+        worker,
+        topics,
+        actions,
+        dead_letters,
+        keys,
+    ):
         module.add_to(commands)
     return parser
 

@@ -122,7 +122,9 @@ def _sentence(action: Action) -> str:
     if action.parameters.get("dry_run"):
         return f"{said}, reported only: the run is in MANUAL mode and accepts no operator"
     apply_step = action.parameters.get("apply_step")
-    when = "at its next step" if apply_step is None else f"at step {apply_step:,}, all ranks at once"
+    when = (
+        "at its next step" if apply_step is None else f"at step {apply_step:,}, all ranks at once"
+    )
     return f"{said}; run {action.run_id} {_DOES.get(action.kind, 'obeys')} {when}"
 
 

@@ -1,19 +1,18 @@
-"""``argus replay FILE...``: judges recorded runs."""
+"""``argus replay FILE...`` and ``argus replay --from kafka://...``: judges recorded runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 
 from plarv.cli.complaint import Complaint, tell
-from plarv_schemas.events import LEVELS, Verdict
+from plarv.cli.replayed import Replayed
+from plarv_schemas.events import LEVELS
 
 if TYPE_CHECKING:
-    from plarv_processors.engine import Engine, EngineConfig
-    from plarv_sinks.replay import Finding, RunSummary
+    from plarv_processors.engine import EngineConfig
 
 __all__ = ["add_to", "run"]
 
@@ -26,6 +25,7 @@ examples:
   argus replay runs/*.csv --fail-on critical      exit code 3 where one went wrong
   argus replay .argus/runs/RUN --json | jq .message
   argus replay losses.csv --detector my_package.my_detector:MyDetector
+  argus replay --from kafka://broker:9092 --runs RUN --compare
 """
 
 
@@ -38,7 +38,21 @@ def add_to(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path)
+    parser.add_argument("files", nargs="*", metavar="FILE", type=Path)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="kafka://HOST:PORT",
+        help="a fleet's log instead of files",
+    )
+    parser.add_argument(
+        "--runs", metavar="RUN,...", help="of the fleet's log, these alone (default: all)"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with what the fleet recorded, whole records; exit with 1 where they differ",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--detector",
@@ -66,69 +80,51 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Replays every file; a file that cannot be read does not keep the others from being."""
+    if bool(options.files) == bool(options.source):
+        raise Complaint("name files to replay, or a fleet's log with --from kafka://HOST:PORT")
+    if not options.source and (options.runs is not None or options.compare):
+        raise Complaint("--runs and --compare go with --from kafka://HOST:PORT")
     config = _engine_config(options)
-    worst, failed = 0, False
-    for number, path in enumerate(options.files):
-        replaying = _FileReplay(path, config, as_json=options.json)
-        replaying.fold()
-        if not options.json:
-            replaying.print_tables(first=number == 0, with_path=len(options.files) > 1)
-        worst = max(worst, replaying.worst)
-        failed = failed or replaying.failed
-    if failed:
-        return 2
+    if options.source:
+        from plarv.cli.replay_log import replay_log
+
+        worst, differs = replay_log(options, config)
+        if differs:
+            return 1
+    else:
+        worst, failed = _replay_files(options, config)
+        if failed:
+            return 2
     return 3 if options.fail_on and worst >= LEVELS.index(options.fail_on) else 0
 
 
-class _FileReplay:
-    """One file: its runs, each folded by an engine of its own."""
+def _replay_files(options: argparse.Namespace, config: EngineConfig) -> Tuple[int, bool]:
+    """The worst level found, and whether a file could not be read."""
+    worst, failed = 0, False
+    for number, path in enumerate(options.files):
+        replayed, whole = _fold_file(path, config, as_json=options.json)
+        if not options.json:
+            title = str(path) if len(options.files) > 1 else ""
+            replayed.print_tables(first=number == 0, title=title)
+        worst = max(worst, replayed.worst)
+        failed = failed or not whole
+    return worst, failed
 
-    def __init__(self, path: Path, config: EngineConfig, *, as_json: bool) -> None:
-        self.path = path
-        self.worst = 0  # index into LEVELS
-        self.failed = False
-        self._config = config
-        self._as_json = as_json
-        self._runs: Dict[str, Tuple[Engine, RunSummary, List[Finding]]] = {}
 
-    def fold(self) -> None:
-        from plarv_sinks.replay import ReplayError, RunSummary, engine_for, read_events, replay
+def _fold_file(path: Path, config: EngineConfig, *, as_json: bool) -> Tuple[Replayed, bool]:
+    """One file's runs, each folded by an engine of its own, and whether all of it was read."""
+    from plarv_sinks.replay import ReplayError, engine_for, read_events
 
-        try:
-            for event in read_events(self.path, tell):
-                run = self._runs.get(event.run_id)
-                if run is None:
-                    engine = engine_for(self.path, self._config, tell)
-                    run = self._runs[event.run_id] = (engine, RunSummary(event.run_id), [])
-                for finding in replay((event,), run[0], run[1]):
-                    self._take(finding, run[2])
-        except ReplayError as error:
-            tell(str(error))
-            self.failed = True
-        for engine, _, _ in self._runs.values():
-            for name, reason in engine.faults.items():
-                tell(f"{self.path}: detector {name} raised and was left out: {reason}")
-
-    def print_tables(self, *, first: bool, with_path: bool) -> None:
-        from plarv_sinks.findings_table import findings_table, summary_line, wants_colour
-
-        colour = wants_colour(sys.stdout)
-        for number, (_, summary, findings) in enumerate(self._runs.values()):
-            if number or not first:
-                sys.stdout.write("\n")
-            if with_path:
-                sys.stdout.write(f"{self.path}\n")
-            for line in findings_table(findings, colour=colour):
-                sys.stdout.write(line + "\n")
-            sys.stdout.write(summary_line(summary) + "\n")
-
-    def _take(self, finding: Finding, findings: List[Finding]) -> None:
-        if isinstance(finding, Verdict):
-            self.worst = max(self.worst, LEVELS.index(finding.level))
-        if self._as_json:
-            sys.stdout.write(json.dumps(finding.to_dict(), allow_nan=False) + "\n")
-        else:
-            findings.append(finding)
+    whole = True
+    replayed = Replayed(lambda _: engine_for(path, config, tell), as_json=as_json)
+    try:
+        for event in read_events(path, tell):
+            replayed.take(event)
+    except ReplayError as error:
+        tell(str(error))
+        whole = False
+    replayed.tell_faults(str(path))
+    return replayed, whole
 
 
 def _engine_config(options: argparse.Namespace) -> EngineConfig:

@@ -22,8 +22,7 @@ def add_to(commands: Any) -> None:
         help="the fleet's Kafka topics: create, list",
         description="The topics of a fleet, which begin with ARGUS_TOPIC_PREFIX.",
     )
-    parser.set_defaults(command=lambda _: (parser.print_help(sys.stderr), 2)[1])
-    parts = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = parts.add_parser(
         "create",
         help="create those that are missing",
