@@ -2,7 +2,7 @@
 # pyproject.toml changes. PYTHON=/path/to/python3.11 names the interpreter to build it with.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean again
+.PHONY: help broker demo demo-kafka test test-all check format bench clean again
 .NOTPARALLEL:
 
 python := .venv/bin/python
@@ -13,6 +13,8 @@ for_dev := .venv/.ready-dev-$(place)
 
 help:
 	@echo "make demo      train a small GPT, injure it, watch Argus save it (90 s)"
+	@echo "make demo-kafka  the same as a fleet: Kafka, a worker, a job of two ranks (2 minutes)"
+	@echo "make broker    a Kafka on this machine, until Ctrl-C (Java 17 and Maven)"
 	@echo "make test      the tests but the slow ones (under 15 minutes)"
 	@echo "make test-all  all tests"
 	@echo "make check     format, lint, types, import contracts, then make test: what CI runs"
@@ -22,6 +24,12 @@ help:
 
 demo: $(for_demo)
 	.venv/bin/argus demo
+
+demo-kafka: $(for_dev)
+	$(python) examples/fleet/demo.py
+
+broker:
+	@found=$$(PYTHON="$(PYTHON)" sh deploy/find-python.sh) && exec "$$found" deploy/local-broker/local_broker.py
 
 test: $(for_dev)
 	$(python) -m pytest -m "not slow" --durations=15

@@ -10,12 +10,16 @@ import ast
 import importlib.util
 import itertools
 import os
+import secrets
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
-OPTIONAL = ("hypothesis", "matplotlib", "numpy", "polars", "pyarrow", "torch")
+OPTIONAL = (
+    "aiokafka", "faust", "hypothesis", "kafka", "matplotlib", "numpy", "polars",
+    "prometheus_client", "pyarrow", "testcontainers", "torch",
+)  # fmt: skip
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 
 _left_out: Dict[str, List[str]] = {}
@@ -40,6 +44,32 @@ def _no_settings_from_outside(
         monkeypatch.delenv(name)
     place = tmp_path_factory.getbasetemp() / f"argus-{next(_folders)}"  # made only if it is used
     monkeypatch.setenv("ARGUS_DIR", str(place))
+
+
+@pytest.fixture(scope="session")
+def broker_address() -> Iterator[str]:
+    """A real Kafka, host:port, started when the first test asks for it. Use a ``topic_prefix``."""
+    from tests.brokers import find_broker
+
+    broker = find_broker()
+    yield broker.address
+    broker.stop()
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """What the topics of this test begin with: no two tests share one."""
+    return f"t{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[Any]:
+    """A real Kafka that the test may kill: a ``tests.brokers.OwnBroker``, started."""
+    from tests.brokers import own_broker as start
+
+    broker = start(tmp_path / "broker")
+    yield broker
+    broker.stop()
 
 
 def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:

@@ -15,7 +15,10 @@ __all__ = [
     "BrokerError",
     "RefusedError",
     "admin_client",
+    "broker_error",
     "consumer_client",
+    "open_consumer",
+    "open_producer",
     "partition_of",
     "place_of",
     "producer_client",
@@ -67,17 +70,8 @@ def consumer_client(
     connection: Connection, *, reach_s: float = REACH_S, **options: Any
 ) -> Generator[Consumer, None, None]:
     """A consumer without a group: what it reads is assigned. BrokerError: as above."""
-    options = {
-        "group_id": None,
-        "enable_auto_commit": False,
-        "auto_offset_reset": "none",
-        "fetch_max_wait_ms": 50,
-        "max_partition_fetch_bytes": 4 * 1024 * 1024,
-        **options,
-    }
-    client: Consumer
+    client = open_consumer(connection, reach_s=reach_s, **options)
     with _broker_errors(connection):
-        client = _open(require_kafka().KafkaConsumer, connection, reach_s, options)
         try:
             yield client
         finally:
@@ -89,14 +83,37 @@ def producer_client(
     connection: Connection, *, reach_s: float = REACH_S, **options: Any
 ) -> Generator[Producer, None, None]:
     """A producer whose sends all replicas acknowledge, each once. BrokerError: as above."""
-    options = {"acks": "all", "enable_idempotence": True, **options}
-    client: Producer
+    client = open_producer(connection, reach_s=reach_s, **options)
     with _broker_errors(connection):
-        client = _open(require_kafka().KafkaProducer, connection, reach_s, options)
         try:
             yield client
         finally:
             client.close(timeout=reach_s)
+
+
+def open_consumer(connection: Connection, *, reach_s: float = REACH_S, **options: Any) -> Consumer:
+    """The consumer of :func:`consumer_client`, for its caller to close."""
+    options = {
+        "group_id": None,
+        "enable_auto_commit": False,
+        "auto_offset_reset": "none",
+        "fetch_max_wait_ms": 50,
+        "max_partition_fetch_bytes": 4 * 1024 * 1024,
+        **options,
+    }
+    client: Consumer
+    with _broker_errors(connection):
+        client = _open(require_kafka().KafkaConsumer, connection, reach_s, options)
+    return client
+
+
+def open_producer(connection: Connection, *, reach_s: float = REACH_S, **options: Any) -> Producer:
+    """The producer of :func:`producer_client`, for its caller to close."""
+    options = {"acks": "all", "enable_idempotence": True, **options}
+    client: Producer
+    with _broker_errors(connection):
+        client = _open(require_kafka().KafkaProducer, connection, reach_s, options)
+    return client
 
 
 def place_of(topic: str, partition: int) -> Place:
@@ -135,14 +152,14 @@ def _broker_errors(connection: Connection) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        said = _sorted_out(connection, error)
+        said = broker_error(connection, error)
         if said is None:
             raise
         raise said from error
 
 
-def _sorted_out(connection: Connection, error: Exception) -> Optional[BrokerError]:
-    """The error in our words; None: it is none of the client's."""
+def broker_error(connection: Connection, error: Exception) -> Optional[BrokerError]:
+    """An error of the client in our words; None: it is none of the client's."""
     errors = require_kafka("kafka.errors")
     if not isinstance(error, (errors.KafkaError, ConnectionError, TimeoutError)):
         return None

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 __all__ = ["Admin", "Consumer", "Place", "Producer", "Received", "Sending"]
 
@@ -53,6 +65,11 @@ class Consumer(Protocol):
 class Sending(Protocol):
     """What a producer gives back for a record."""
 
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def exception(self) -> Optional[BaseException]: ...
+    def add_both(self, f: Callable[[Any], object]) -> object: ...
     def get(self, timeout: Optional[float] = None) -> Any: ...
 
 

@@ -132,7 +132,7 @@ def decode_watermark(value: bytes) -> Watermark:
             LeftOut(str(run), str(name), int(partition), int(offset))
             for run, name, partition, offset in data.get("left_out", ())
         )
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a watermark: {error!r}") from error
     return Watermark(following, left_out)
 

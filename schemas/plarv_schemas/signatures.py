@@ -47,7 +47,7 @@ class Order(NamedTuple):
                 expires_ns=int(data["expires_ns"]),
                 attempt=None if attempt is None else int(attempt),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not an order: {error!r}") from error
         return order
 
@@ -79,12 +79,14 @@ def verify(key: bytes, kind: str, value: bytes, signature: Optional[str]) -> boo
     """Whether ``signature`` is that of the value under this key."""
     if signature is None:
         return False
-    return hmac.compare_digest(sign(key, kind, value), signature)
+    given = signature.encode("utf-8", "replace")  # text beyond ASCII cannot be compared
+    return hmac.compare_digest(sign(key, kind, value).encode("ascii"), given)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"not an order: {value!r} is no text")
+    value.encode("utf-8")  # a lone surrogate, which JSON can spell, raises here and not later
     return value
 
 
