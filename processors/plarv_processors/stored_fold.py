@@ -18,14 +18,12 @@ from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.snapshot import pack, unpack
 from plarv_schemas.events import Action, ControlEvent, Verdict
 from plarv_schemas.locks import FileLock
-from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
+from plarv_schemas.records import ACTIONS_FILE, FOLD_LOCK, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import RunLog
 
 __all__ = ["FOLD_LOCK", "Record", "StoredFold", "base_of", "fold_rest"]
 
 Record = Union[Verdict, Action]
-
-FOLD_LOCK = "fold.lock"  # held by whoever folds the run and writes what it finds
 
 _SNAPSHOT = "snapshot"  # where the next start goes on
 _BASE = "base"  # where the log begins, once old segments were removed

@@ -339,7 +339,12 @@ def _to_json(values: Any) -> str:
 
 
 def _from_json(text: str) -> Dict[str, Any]:
-    values: object = json.loads(text)
+    try:
+        values: object = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+    if "\\ud" in text.lower():  # half a surrogate pair could not be written into any text again
+        values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
     if not isinstance(values, dict):
         raise ValueError(f"a JSON object is wanted, not {text[:40]!r}")
     return cast(Dict[str, Any], values)

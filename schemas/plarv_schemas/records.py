@@ -9,10 +9,11 @@ from typing import Any, Dict, Iterator, List, Optional
 from plarv_schemas.events import Action, ControlEvent
 from plarv_schemas.run_log import read_run
 
-__all__ = ["ACTIONS_FILE", "VERDICTS_FILE", "paused_by", "read_lines"]
+__all__ = ["ACTIONS_FILE", "FOLD_LOCK", "VERDICTS_FILE", "paused_by", "read_lines"]
 
 VERDICTS_FILE = "verdicts.jsonl"
 ACTIONS_FILE = "actions.jsonl"
+FOLD_LOCK = "fold.lock"  # held by whoever writes these two
 
 
 def read_lines(path: Path) -> Iterator[Dict[str, Any]]:

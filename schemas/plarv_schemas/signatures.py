@@ -47,7 +47,9 @@ class Order(NamedTuple):
                 expires_ns=int(data["expires_ns"]),
                 attempt=None if attempt is None else int(attempt),
             )
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (
+            AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise ValueError(f"not an order: {error!r}") from error
         return order
 
@@ -85,7 +87,7 @@ def verify(key: bytes, kind: str, value: bytes, signature: Optional[str]) -> boo
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"not an order: {value!r} is no text")
+        raise TypeError(f"{value!r} is no text")
     value.encode("utf-8")  # a lone surrogate, which JSON can spell, raises here and not later
     return value
 

@@ -95,5 +95,5 @@ def test_a_topic_that_the_brokers_refuse_is_an_error_that_says_why(
     broker_address: str, topic_prefix: str
 ) -> None:
     connection, topics = connect_to(broker_address), Topics(topic_prefix)
-    with pytest.raises(TopicsError, match="could not be created: .*replication"):
+    with pytest.raises(TopicsError, match=r"could not be created: .*replication"):
         create_topics(connection, topics, 1, replication=99)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,12 +31,12 @@ def test_an_order_comes_back_as_it_was(order: Order) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_other_bytes_are_no_order(data: bytes) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not an order"):
         Order.from_bytes(data)
 
 
 def test_an_order_nested_without_end_is_none() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not an order"):
         Order.from_bytes(b"[" * 100_000)
 
 
@@ -68,11 +67,11 @@ def test_a_damaged_order_is_refused_or_fails_its_signature(
 )  # fmt: skip
 def test_an_order_with_a_field_of_another_kind_is_none(change: dict[str, object]) -> None:
     data = json.loads(Order("a", "run", "stop", "jo", 1, 2).to_bytes())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not an order"):
         Order.from_bytes(json.dumps({**data, **change}).encode())
     for name in change:
         del data[name]
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not an order"):
             Order.from_bytes(json.dumps(data).encode())
 
 

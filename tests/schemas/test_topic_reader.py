@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.fleets import PARTITIONS, TopicsOnTest
 
 from plarv_schemas.kafka_clients import producer_client
 from plarv_schemas.messages import Message
 from plarv_schemas.topic_reader import NoTopicError, TopicRange, open_topic
-from tests.fleets import PARTITIONS, TopicsOnTest
 
 pytest.importorskip("kafka")
 
@@ -55,11 +55,12 @@ def test_all_partitions_are_read_in_one_go(fleet: TopicsOnTest) -> None:
 
 
 def test_a_run_lies_where_the_producers_default_puts_it(fleet: TopicsOnTest) -> None:
-    with open_topic(fleet.connection, fleet.topics.orders) as reader:
-        with producer_client(fleet.connection) as producer:
-            for run in ("run", "läufer", "a" * 200, "0", "run-2026-01-01"):
-                sent = producer.send(fleet.topics.orders, key=run.encode(), value=b"").get(30)
-                assert sent.partition == reader.partition_of(run)
+    runs = ("run", "läufer", "a" * 200, "0", "run-2026-01-01")
+    with producer_client(fleet.connection) as producer:
+        orders = fleet.topics.orders
+        sent = [producer.send(orders, key=run.encode(), value=b"").get(30) for run in runs]
+    with open_topic(fleet.connection, orders) as reader:
+        assert [each.partition for each in sent] == [reader.partition_of(run) for run in runs]
 
 
 def test_following_gives_what_comes_next_and_none_while_nothing_does(fleet: TopicsOnTest) -> None:
@@ -82,6 +83,6 @@ def test_a_tombstone_has_no_value(fleet: TopicsOnTest) -> None:
 def test_a_topic_that_does_not_exist_is_a_clear_error(
     broker_address: str, fleet: TopicsOnTest
 ) -> None:
+    reading = open_topic(fleet.connection, f"{fleet.topics.steps}-x")
     with pytest.raises(NoTopicError, match=f"no topic {fleet.topics.steps}-x at {broker_address}"):
-        with open_topic(fleet.connection, f"{fleet.topics.steps}-x"):
-            pass
+        reading.__enter__()

@@ -176,11 +176,15 @@ class Shell:
         """Rounds of snapshots, as long as the app runs."""
         while True:
             began, spent = time.monotonic(), 0.0
-            for lane in list(self.every_lane()):
-                try:
-                    spent += await self._round(lane)
-                except Exception as error:  # noqa: BLE001 - the next round tries again
-                    _log.warning("snapshots of %s: %s", lane.name, error)
+            for partition in list(self.lanes):
+                # At once, since each waits for a commit; a partition at a time, for the memory.
+                lanes = self.lanes.get(partition, [])
+                rounds = await asyncio.gather(*map(self._round, lanes), return_exceptions=True)
+                for lane, result in zip(lanes, rounds):
+                    if isinstance(result, BaseException):  # the next round tries again
+                        _log.warning("snapshots of %s: %s", lane.name, result)
+                    else:
+                        spent += result
             pause = max(self.config.snapshot_s, spent * _BUSY_SHARE)
             await asyncio.sleep(max(0.2, pause - (time.monotonic() - began)))
             await self._look_where_the_log_begins()
@@ -209,7 +213,7 @@ class Shell:
 
     async def _round(self, lane: Lane[Any]) -> float:
         generation = self.app.consumer_generation_id
-        spent = await publish_round(
+        return await publish_round(
             self.app,
             self.config.topics.snapshots,
             lane,
@@ -218,9 +222,6 @@ class Shell:
             is_current=lambda: generation == self.app.consumer_generation_id,
             log_begin=self._log_begin.get(lane.partition, 0),
         )
-        if spent:
-            await asyncio.sleep(spent)
-        return spent
 
     async def _look_where_the_log_begins(self) -> None:
         now = time.monotonic()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Callable, List, Optional
 
 from plarv.decision import Decision
 from plarv.faults import Faults
 from plarv.transport import Mailbox
+from plarv.transport.follower import FileFollower
+from plarv.transport.journal_keeper import JournalKeeper
 from plarv_processors.engine import EngineConfig
-from plarv_processors.stored_fold import FOLD_LOCK, Record, StoredFold, fold_rest
-from plarv_schemas.events import Action, Verdict
-from plarv_schemas.journal_reader import segments_of
+from plarv_processors.stored_fold import Record, StoredFold, fold_rest
+from plarv_schemas.events import Action
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.locks import FileLock
-from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE
+from plarv_schemas.records import FOLD_LOCK
 
 __all__ = ["EmbeddedTransport", "fold_rest"]
 
@@ -31,8 +30,6 @@ _SLICE_S = 0.002  # of folding at a time; with the pauses it leaves the loop nin
 _CHUNK = 32  # events between two looks at the clock
 _SAVE_EVERY = 50_000  # events between two snapshots
 _LOCK_EVERY_S = 1.0
-_ROOM_EVERY_S = 0.25  # between two looks at how much the other ranks' journals take
-_READY = 2  # segments that are ready beside the one being written
 
 
 class EmbeddedTransport:
@@ -63,19 +60,18 @@ class EmbeddedTransport:
         self._faults = faults
         self._may_lead = may_lead
         self._several = several  # whether other ranks of this node write to the folder
-        self._max_bytes = journal_max_bytes
+        self._keeper = JournalKeeper(folder, writer, journal_max_bytes, self._trim)
         self._tell = tell
         self._tend = tend
         self._config = self._resolved(config)
         self._lock = FileLock(folder / FOLD_LOCK)
         self._fold: Optional[StoredFold] = None
-        self._follow = _Follower(folder)
+        self._follow = FileFollower(folder)
         self._stop = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="argus-engine", daemon=True)
         self._tried_lock = -float("inf")
         self._saved_at = 0
-        self._made_room = -float("inf")
         self.caught_up = False
 
     @property
@@ -133,7 +129,7 @@ class EmbeddedTransport:
         while not self._stop.is_set():
             behind = False
             try:
-                self._keep_journal()
+                self._keeper.keep(for_others=self._several and self._fold is not None)
                 behind = self._turn(time.monotonic() + _SLICE_S)
                 self._tend()
             except Exception as error:  # noqa: BLE001 - our own fault: counted, and the loop goes on
@@ -220,30 +216,9 @@ class EmbeddedTransport:
         if mailbox.actions:  # again and again: the training thread may have let go in between
             self._writer.hold(True)
 
-    def _keep_journal(self) -> None:
-        """Keeps the next segments ready, within the bound of the run's folder."""
-        writer = self._writer
-        if self._several and self._fold is not None:
-            if time.monotonic() - self._made_room >= _ROOM_EVERY_S:
-                self._made_room = time.monotonic()
-                self._excess()  # the other ranks cannot remove what is folded
-        while writer.ready < _READY:
-            if self._excess() > 0:
-                writer.full = "the journal is at its bound, ARGUS_JOURNAL_MAX_MB"
-                return
-            try:
-                writer.prepare(writer.ready + 1)
-            except OSError as error:  # tried again next time: room may be made before it is needed
-                writer.full = f"no room for the journal: {error.strerror}"
-                return
-        writer.full = ""
-
-    def _excess(self) -> int:
-        """Bytes by which one more segment would pass the bound, once folded ones are removed."""
-        over = _journal_bytes(self._folder) + self._writer.segment_bytes - self._max_bytes
-        if over > 0 and self._fold is not None:
-            over -= self._fold.trim()
-        return over
+    def _trim(self) -> int:
+        """Removes the segments that are folded; the bytes freed."""
+        return 0 if self._fold is None else self._fold.trim()
 
     def _finish(self) -> None:
         try:
@@ -286,90 +261,3 @@ class EmbeddedTransport:
             return False
         time.sleep(_PAUSE_OPEN_S)
         return True
-
-
-class _Follower:
-    """Reads what the leading process writes about the run from now on: the rest is of the past."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._offsets = {name: _size(folder / name) for name in (VERDICTS_FILE, ACTIONS_FILE)}
-        self._open: Dict[Tuple[str, Optional[int]], Verdict] = {}
-        self._attempt = 0
-        self._step = -1
-        self._pressure = 0.0
-
-    def look(self) -> Tuple[List[Record], Optional[Decision]]:
-        """The actions that are new, and the decision they make together with the verdicts."""
-        changed = False
-        for data in self._new_lines(VERDICTS_FILE):
-            changed = True
-            verdict = Verdict.from_dict(data)
-            if verdict.attempt > self._attempt:
-                self._attempt = verdict.attempt
-                self._open.clear()
-            self._step = verdict.step
-            key = (verdict.detector, verdict.rank)
-            if verdict.state == "resolved":
-                self._open.pop(key, None)
-            else:
-                self._open[key] = verdict
-        actions: List[Record] = []
-        for data in self._new_lines(ACTIONS_FILE):
-            changed = True
-            action = Action.from_dict(data)
-            self._step = max(self._step, action.step)
-            self._pressure = action.harm_pressure
-            actions.append(action)
-        if not changed:
-            return [], None
-        kind = "WARN" if self._open else "CONTINUE"
-        newest = actions[-1] if actions else None
-        if isinstance(newest, Action) and self._open:
-            kind = newest.kind
-        return actions, Decision(
-            self._step,
-            kind,
-            self._pressure if self._open else 0.0,
-            tuple(self._open.values()),
-            attempt=self._attempt,
-        )
-
-    def _new_lines(self, name: str) -> List[Dict[str, Any]]:
-        path = self._folder / name
-        try:
-            with open(path, "rb") as file:
-                if file.seek(0, os.SEEK_END) <= self._offsets[name]:
-                    return []
-                file.seek(self._offsets[name])
-                data = file.read()
-        except OSError:
-            return []
-        whole = data.rfind(b"\n") + 1
-        self._offsets[name] += whole
-        found: List[Dict[str, Any]] = []
-        for line in data[:whole].splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue  # torn by a kill, and written again behind it
-        return found
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _journal_bytes(folder: Path) -> int:
-    """What all journals in the folder take on disk."""
-    total = 0
-    for files in segments_of(folder).values():
-        for file in files:
-            try:
-                total += file.path.stat().st_size
-            except OSError:  # removed meanwhile
-                continue
-    return total

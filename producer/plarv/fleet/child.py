@@ -1,0 +1,263 @@
+"""The process beside a training process that speaks to the brokers: ``python -m plarv.fleet.child``.
+
+It ships the run's journal and reads its verdicts and actions back, so that the training loop shares
+its interpreter with no Kafka client. stdin: a line of configuration, later lines are commands; its
+end means that the training process is gone. stdout: one JSON object a line, for the training
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Union
+
+from plarv.fleet.link import Link
+from plarv.fleet.shipper import SessionShipper
+from plarv.fleet.subscription import Subscriber, Subscription
+from plarv_schemas.events import Action, Verdict
+from plarv_schemas.journal_reader import segments_of
+from plarv_schemas.kafka_clients import BrokerError, RefusedError, quiet_kafka_log
+from plarv_schemas.kafka_connection import Connection
+from plarv_schemas.topics import Topics
+
+__all__ = ["Child", "main"]
+
+_NICENESS = 5  # the training loop goes first
+_REACH_S = 3.0
+_AGAIN_S = 0.5  # between two tries to reach the brokers
+_PAUSE_S = 0.005  # between two looks at the journal while steps flow ...
+_IDLE_PAUSE_S = 0.05  # ... and when none has come ...
+_IDLE_AFTER_S = 2.0  # ... for so long
+_TROUBLE_S = 3.0  # without an acknowledgement, and it is said
+_ALONE_S = 10.0  # to ship what is left, once the training process is gone
+_LAST_WORDS_S = 0.7  # for the verdicts on the last steps, once all is shipped
+_PARENT_EVERY_S = 0.5
+
+Record = Union[Verdict, Action]
+
+
+class Child:
+    """Ships, subscribes, and tells the training process what happens."""
+
+    def __init__(self, config: Mapping[str, Any], tell: Callable[[Dict[str, Any]], None]) -> None:
+        self._tell = tell
+        self._folder = Path(config["folder"])
+        self._session, self._rank = str(config["session"]), int(config["rank"])
+        self._leftovers = bool(config["leftovers"])  # whether earlier sessions are shipped here too
+        self._topics = Topics(config["prefix"])
+        connection = Connection(
+            **{**config["connection"], "brokers": tuple(config["connection"]["brokers"])}
+        )
+        key = config["key"]
+        self._wake = threading.Event()
+        self._link = Link(connection, self._wake.set)
+        self._own = self._shipper(self._rank, self._session)
+        self._subscription = Subscription(
+            Subscriber(
+                run_id=str(config["run_id"]),
+                session=self._session,
+                folder=self._folder,
+                key=bytes.fromhex(key) if key else None,
+                only_informs=bool(config["only_informs"]),
+            ),
+            connection,
+            self._topics,
+            self._deliver,
+            lambda name, why: tell({"refused": {"action": name, "why": why}}),
+        )
+        self._until = float("inf")
+        self._asked_to_finish = threading.Event()
+        self._parent = os.getppid()
+        self._stop = threading.Event()  # of the subscription's thread
+        self._troubled = False
+
+    def run(self) -> None:
+        """Reaches the brokers, then ships until the training process has ended."""
+        if self._reach():
+            thread = threading.Thread(target=self._subscribe, name="subscription", daemon=True)
+            thread.start()
+            self._ship_all()
+            self._tell({"finished": {"record": self._own.record, "done": self._own.done}})
+            if self._own.done:
+                self._stop.wait(min(_LAST_WORDS_S, max(0.0, self._left_s())))
+            self._stop.set()
+            thread.join(1.0)
+        else:
+            self._tell({"finished": {"record": self._own.record, "done": False}})
+        self._own.close()
+
+    def command(self, line: str) -> None:
+        """A line from the training process; "" where it is gone."""
+        if not line:
+            self._until = min(self._until, time.monotonic() + _ALONE_S)
+        elif "finish" in json.loads(line):
+            pass  # as long as the training process lives, it says when to stop
+        self._asked_to_finish.set()
+        self._wake.set()
+
+    def _reach(self) -> bool:
+        """Waits for the brokers; whether they were reached before the end."""
+        while self._left_s() > 0:
+            try:
+                self._subscription.open(_REACH_S)
+            except RefusedError as error:
+                self._tell({"state": "refused", "why": str(error)})
+                pause = 10 * _AGAIN_S
+            except BrokerError as error:
+                self._tell({"state": "unreachable", "why": str(error)})
+                pause = _AGAIN_S
+            else:
+                self._tell({"state": "ready"})
+                return True
+            self._asked_to_finish.wait(pause)
+            if self._asked_to_finish.is_set():
+                time.sleep(_PAUSE_S)
+        return False
+
+    def _ship_all(self) -> None:
+        """What earlier sessions left, then this one's, until all is acknowledged or time is up."""
+        waiting: Deque[SessionShipper] = deque(self._left_over() if self._leftovers else ())
+        waiting.append(self._own)
+        busy_at = time.monotonic()
+        while self._left_s() > 0:
+            shipper = waiting[0]
+            self._wake.clear()
+            if self._turn(shipper):
+                busy_at = time.monotonic()
+                self._say_if_troubled(shipper)
+                continue
+            self._say_if_troubled(shipper)
+            if shipper.done and shipper is not self._own:
+                waiting.popleft().close()
+                continue
+            if shipper.done and self._asked_to_finish.is_set():
+                return
+            idle = time.monotonic() - busy_at > _IDLE_AFTER_S and not shipper.pending
+            self._wake.wait(_IDLE_PAUSE_S if idle else _PAUSE_S)
+
+    def _turn(self, shipper: SessionShipper) -> bool:
+        try:
+            if not shipper.acquire():
+                return False
+            return shipper.turn()
+        except (OSError, ValueError) as error:
+            self._tell({"fault": f"shipping: {error}"})
+            self._wake.wait(_AGAIN_S)
+            return False
+
+    def _left_over(self) -> List[SessionShipper]:
+        """Shippers of the sessions that ended before they were shipped, and that nobody ships."""
+        found: List[SessionShipper] = []
+        for session, files in sorted(segments_of(self._folder).items()):
+            if session != self._session and files[0].rank >= 0:
+                shipper = self._shipper(files[0].rank, session)
+                if shipper.acquire():
+                    found.append(shipper)
+        return found
+
+    def _shipper(self, rank: int, session: str) -> SessionShipper:
+        return SessionShipper(self._folder, rank, session, self._topics.steps, self._link)
+
+    def _say_if_troubled(self, shipper: SessionShipper) -> None:
+        """One line when the brokers stop to answer, one when they do again."""
+        silent = shipper.silent_s()
+        if shipper.trouble or silent > _TROUBLE_S:
+            if not self._troubled:
+                self._troubled = True
+                why = shipper.trouble or f"no acknowledgement for {silent:.0f} s"
+                self._tell({"trouble": why})
+        elif self._troubled and not silent:
+            self._troubled = False
+            self._tell({"trouble": ""})
+
+    def _subscribe(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._subscription.poll()
+            except BrokerError as error:
+                if isinstance(error, RefusedError):
+                    self._tell({"fault": f"subscription: {error}"})
+                self._stop.wait(_AGAIN_S)
+            except Exception as error:  # noqa: BLE001 - our own fault: told, and it goes on
+                self._tell({"fault": f"subscription: {error!r}"})
+                self._stop.wait(_AGAIN_S)
+        self._subscription.close()
+
+    def _deliver(self, record: Record, binding: bool) -> None:
+        self._tell({"record": record.to_dict(), "binding": binding})
+
+    def _left_s(self) -> float:
+        """Seconds until it must end. It looks for its parent too: a pipe may outlive it."""
+        now = time.monotonic()
+        if self._until == float("inf") and os.getppid() != self._parent:
+            self.command("")
+        return self._until - now
+
+
+class _Voice:
+    """Writes lines to the training process on a thread: it may be slow to read, or stopped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lines: queue.Queue[Optional[bytes]] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="voice", daemon=True)
+        self._thread.start()
+
+    def tell(self, line: Dict[str, Any]) -> None:
+        self._lines.put(json.dumps(line, separators=(",", ":")).encode("utf-8") + b"\n")
+
+    def close(self) -> None:
+        """Waits a moment until all is read."""
+        self._lines.put(None)
+        self._thread.join(0.5)
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if line is None:
+                return
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except OSError:  # nobody reads any more: what counts is in the run's folder
+                continue
+
+
+def main() -> None:
+    """Runs until the training process ends, or 10 s longer where something is left to ship."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(_NICENESS)
+    # What others print must not get between the lines.
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    voice = _Voice(answers)
+    quiet_kafka_log()
+    try:
+        first = sys.stdin.readline()
+        if first:
+            child = Child(json.loads(first), voice.tell)
+            threading.Thread(target=_listen, args=(child,), name="commands", daemon=True).start()
+            child.run()
+    except Exception:  # noqa: BLE001 - its last words
+        voice.tell({"fault": traceback.format_exc(limit=-3)})
+    voice.close()
+    os._exit(0)  # a client's threads may wait for a broker that does not answer
+
+
+def _listen(child: Child) -> None:
+    for line in sys.stdin:
+        child.command(line)
+    child.command("")
+
+
+if __name__ == "__main__":
+    main()
