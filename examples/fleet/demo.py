@@ -212,7 +212,7 @@ class Timeline:
 
 def main() -> int:
     """Runs the demo; 0: the run was saved, and the replay is identical."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A fleet on one machine.")
     parser.add_argument("--brokers", metavar="HOST:PORT", help="use these and start none")
     parser.add_argument("--keep", action="store_true", help="keep the folder of journals and logs")
     options = parser.parse_args()

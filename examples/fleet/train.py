@@ -39,7 +39,7 @@ def learning_rate(step: int) -> float:
 def main() -> None:
     """Trains, and leaves what came of it as JSON where ``OUT`` says."""
     torch.set_num_threads(1)
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     text = read_text()
@@ -49,14 +49,16 @@ def main() -> None:
     chance = torch.Generator().manual_seed(rank)  # each rank reads other texts
 
     model: Any = DistributedDataParallel(SmallGPT(len(text.alphabet), CONTEXT, width=64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     argus = Argus(model=model, optimizer=optimizer, mode="AUTO", total_steps=STEPS)  # Argus, 1
 
     losses: List[float] = []
     rates: List[float] = []
-    optimizer.register_step_pre_hook(
-        lambda adam, *_: rates.append(float(adam.param_groups[0]["lr"]))
-    )
+
+    def note_rate(adam: Any, *_: object) -> None:
+        rates.append(float(adam.param_groups[0]["lr"]))
+
+    optimizer.register_step_pre_hook(note_rate)
     found: Dict[str, Any] = {"rank": rank, "paused": None}
     try:
         for step in range(STEPS):
@@ -66,7 +68,7 @@ def main() -> None:
             batch = tokens[starts + window]
             logits = model(batch[:, :-1])
             loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
+            torch.autograd.backward(loss)  # loss.backward(), which torch leaves untyped
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

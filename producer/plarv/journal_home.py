@@ -11,10 +11,19 @@ from typing import NamedTuple, Optional, Tuple
 from plarv import settings
 from plarv.exceptions import ArgusPause
 from plarv.identity import Identity
+from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.journal_writer import SEGMENT_BYTES, JournalWriter
-from plarv_schemas.records import paused_by
+from plarv_schemas.records import FOLD_LOCK, paused_by
 
-__all__ = ["Home", "open_home", "places", "refuse_if_paused", "run_folder", "sample_key"]
+__all__ = [
+    "Home",
+    "open_home",
+    "places",
+    "refuse_if_paused",
+    "remove_session",
+    "run_folder",
+    "sample_key",
+]
 
 _KEY_BYTES = 16
 _SMALLEST = 1024 * 1024  # bytes of a segment: it holds the longest event
@@ -39,10 +48,11 @@ def places(run_id: str) -> Tuple[Path, Path]:
     return run_folder(run_id), fallback
 
 
-def open_home(identity: Identity, session: str) -> Optional[Home]:
+def open_home(identity: Identity, session: str, world_size: int) -> Optional[Home]:
     """Makes the run's folder and the first segment; None where no disk takes it.
 
     Where ARGUS_DIR cannot be written to, the temporary folder is taken instead, and said so.
+    ``world_size`` counts the ranks that whoever judges the run sees: of the node, or of the job.
     """
     bound = settings.integer("ARGUS_JOURNAL_MAX_MB") * 1024 * 1024
     note = ""
@@ -55,7 +65,7 @@ def open_home(identity: Identity, session: str) -> Optional[Home]:
                 run_id=identity.run_id,
                 session=session,
                 rank=identity.rank,
-                world_size=identity.local_world_size,  # the ranks whose files lie in this folder
+                world_size=world_size,
                 # Small enough to go one by one: one is written, two are ready, one is being folded.
                 segment_bytes=max(
                     _SMALLEST, min(SEGMENT_BYTES, bound // (4 * identity.local_world_size))
@@ -81,6 +91,22 @@ def refuse_if_paused(run_id: str) -> None:
                 pause.step,
                 pause.to_dict(),
             )
+
+
+def remove_session(folder: Path, session: str) -> None:
+    """Removes a session that never began, and the folder where nothing else is in it.
+
+    OSError: something cannot be removed.
+    """
+    for file in segments_of(folder).get(session, []):
+        file.path.unlink()
+    for path in folder.glob(f"shipped-{session}*"):
+        path.unlink()
+    rest = list(folder.iterdir())
+    if {path.name for path in rest} <= {"sample.key", FOLD_LOCK}:  # made by this start
+        for path in rest:
+            path.unlink()
+        folder.rmdir()
 
 
 def sample_key(folder: Path) -> bytes:

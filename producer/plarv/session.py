@@ -15,15 +15,17 @@ from plarv.decision import Decision
 from plarv.discovery import batch_size_of, describe_model, total_steps_of
 from plarv.exceptions import ArgusError
 from plarv.faults import Faults, Guard
+from plarv.fleet.connection import fleet_connection, fleet_topics, key_of_run
 from plarv.identity import Identity, discover, validate_run_id
 from plarv.interventions import Interventions
-from plarv.journal_home import Home, open_home, refuse_if_paused, sample_key
+from plarv.journal_home import Home, open_home, refuse_if_paused, remove_session, sample_key
 from plarv.learning_rate import LearningRateCap
 from plarv.parameters import resolve_mode
 from plarv.recorder import Recorder
 from plarv.signals import ModelSignals
 from plarv.transport import Mailbox, Transport
 from plarv.transport.embedded import EmbeddedTransport
+from plarv.transport.kafka import FleetSettings, KafkaTransport, absolute, check_installed
 from plarv_schemas.events import Action, Verdict
 
 __all__ = ["Session", "open_session"]
@@ -45,6 +47,7 @@ class Session:
         identity: Identity,
         home: Home,
         mode: str,
+        fleet: Optional[FleetSettings],
         listener: Callable[[Decision], None],
         follow_rate: Callable[[Optional[Mapping[str, Any]]], None],
     ) -> None:
@@ -63,8 +66,8 @@ class Session:
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
         self._interventions = Interventions(
-            auto=mode == "AUTO" and _may_act(identity),
-            accept_operator=given["accept_operator"] is True and _may_act(identity),
+            auto=mode == "AUTO" and _may_act(identity, fleet),
+            accept_operator=given["accept_operator"] is True and _may_act(identity, fleet),
             cap=self._cap,
             find_optimizer=self._signals.optimizer,
             on_pause=given["on_pause"],
@@ -84,14 +87,24 @@ class Session:
         self._follow_rate = follow_rate
         self._rate: Optional[Mapping[str, Any]] = None
         self._odd_rate = False
-        self.transport = self._embedded()
+        self.transport = self._embedded() if fleet is None else self._kafka(fleet)
         self._look_at_rate()
         self._hold()
 
     def start(self, data: Mapping[str, Any]) -> None:
-        """Writes that the session began, and starts the engine."""
+        """Writes that the session began, and starts the transport.
+
+        ArgusConnectionError and its kin: the handshake with a fleet failed. ArgusPause: the fleet
+        has paused the run since. Nothing is left of the session then.
+        """
         self.writer.control("session_started", step=None, rank=self.identity.rank, data=data)
-        self.transport.start()
+        try:
+            self.transport.start()
+            if isinstance(self.transport, KafkaTransport):
+                refuse_if_paused(self.run_id)
+        except BaseException:
+            self._discard()
+            raise
 
     def record(
         self,
@@ -131,6 +144,11 @@ class Session:
         """Applies what the engine asks for; raises the intervention that stands."""
         if self._closed:
             return
+        refused = self.mailbox.refused
+        while refused:
+            self.writer.control(
+                "action_refused", step=step, rank=self.identity.rank, data=refused.popleft()
+            )
         actions = self.mailbox.actions
         while actions:
             self._interventions.take(actions.popleft(), step)
@@ -190,6 +208,32 @@ class Session:
             tend=self._tend,
         )
 
+    def _kafka(self, fleet: FleetSettings) -> Transport:
+        return KafkaTransport(
+            fleet,
+            self.folder,
+            self.writer,
+            self.mailbox,
+            self.faults,
+            leads=self.identity.local_rank == 0,
+            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
+            say=self.console.say,
+            tell=self._tell,
+            tend=self._tend,
+        )
+
+    def _discard(self) -> None:
+        """The session never began: no process, no journal, and no folder if it made one."""
+        guard = Guard("a start that failed", self.faults)
+        self._closed = True
+        with guard:
+            if isinstance(self.transport, KafkaTransport):
+                self.transport.discard()
+        with guard:
+            self._signals.close()
+            self.writer.close()
+            remove_session(self.folder, self.writer.session)
+
     def _hold(self) -> None:
         """Closes the short way while every step has something to do on the long one."""
         self.writer.hold(
@@ -200,6 +244,7 @@ class Session:
             or self._odd_rate
             or self._interventions.busy
             or bool(self.mailbox.actions)
+            or bool(self.mailbox.refused)
         )
 
     def _report(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
@@ -274,24 +319,44 @@ def open_session(
     for name in ("ARGUS_JOURNAL_MAX_MB", "ARGUS_SHUTDOWN_TIMEOUT"):
         settings.number(name)
     identity = discover(wanted)
+    fleet = _fleet(given, identity, mode)
     refuse_if_paused(identity.run_id)
-    home = open_home(identity, secrets.token_hex(8))
+    world_size = identity.local_world_size if fleet is None else identity.world_size
+    home = open_home(identity, secrets.token_hex(8), world_size)
     if home is None:
         silent = Console(settings.flag("ARGUS_SILENT", given["silent"]))
         silent.say("no folder can be written to: this run is not monitored (set ARGUS_DIR)")
         return None
-    session = Session(given, identity, home, mode, listener, follow_rate)
+    session = Session(given, identity, home, mode, fleet, listener, follow_rate)
     say = session.console.say
     rank = f", {identity.world_size} ranks" if identity.world_size > 1 else ""
     say(f"run {identity.run_id} ({mode}{rank}), journal in {home.folder}")
-    for note in (home.note, _address_note(given), _ranks_note(identity, mode)):
+    for note in (home.note, _address_note(given, fleet, mode), _ranks_note(identity, mode, fleet)):
         if note:
             say(note)
-    session.start(_describe(given, identity, mode))
+    session.start(_describe(given, identity, mode, may_act=_may_act(identity, fleet)))
     return session
 
 
-def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[str, Any]:
+def _fleet(given: Mapping[str, Any], identity: Identity, mode: str) -> Optional[FleetSettings]:
+    """The fleet that the arguments or the settings name; None: the embedded engine judges."""
+    if not (given["brokers"] or settings.text("ARGUS_BROKERS")):
+        return None
+    connection = absolute(fleet_connection(given["brokers"], given["api_key"]))
+    check_installed()
+    return FleetSettings(
+        connection,
+        fleet_topics(),
+        key_of_run(identity.run_id, given["run_key"]),
+        only_informs=mode != "AUTO" and given["accept_operator"] is not True,
+        handshake_s=float(given["step0_timeout"]),
+        fail_open=given["fail_open"] is True,
+    )
+
+
+def _describe(
+    given: Mapping[str, Any], identity: Identity, mode: str, *, may_act: bool
+) -> Dict[str, Any]:
     """What a session says of itself: numbers and names, nothing of the data or the weights."""
     from plarv import __version__
 
@@ -300,8 +365,8 @@ def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[s
     if total_steps is None and given["dataloader"] is not None:
         total_steps = total_steps_of(given["dataloader"])
     data: Dict[str, Any] = {
-        "mode": mode if _may_act(identity) else "MANUAL",
-        "accept_operator": given["accept_operator"] is True and _may_act(identity),
+        "mode": mode if may_act else "MANUAL",
+        "accept_operator": given["accept_operator"] is True and may_act,
         "world_size": identity.world_size,
         "local_world_size": identity.local_world_size,
         "restart_count": identity.restart_count,
@@ -320,16 +385,20 @@ def _describe(given: Mapping[str, Any], identity: Identity, mode: str) -> Dict[s
     return data
 
 
-def _may_act(identity: Identity) -> bool:
-    """Whether the ranks that the embedded engine sees are all there are."""
-    return identity.world_size <= identity.local_world_size
+def _may_act(identity: Identity, fleet: Optional[FleetSettings]) -> bool:
+    """Whether whoever judges the run sees all its ranks: the embedded engine, those of a node."""
+    return fleet is not None or identity.world_size <= identity.local_world_size
 
 
-def _address_note(given: Mapping[str, Any]) -> str:
-    brokers, url = given["brokers"], given["url"]
-    if brokers or settings.text("ARGUS_BROKERS"):
-        return "the Kafka transport is not in this version: using the embedded engine"
-    if settings.text("ARGUS_URL", url):
+def _address_note(given: Mapping[str, Any], fleet: Optional[FleetSettings], mode: str) -> str:
+    if fleet is not None:
+        if fleet.key is None and not fleet.only_informs:
+            return (
+                f"{mode} without a key: every action of the fleet will be refused. Set "
+                "ARGUS_RUN_KEY, from `argus key for RUN`, or ARGUS_MASTER_KEY"
+            )
+        return ""
+    if settings.text("ARGUS_URL", given["url"]):
         return "the HTTP transport is not in this version: using the embedded engine"
     if settings.text("ARGUS_API_KEY", given["api_key"]):
         return (
@@ -338,8 +407,8 @@ def _address_note(given: Mapping[str, Any]) -> str:
     return ""
 
 
-def _ranks_note(identity: Identity, mode: str) -> str:
-    if not _may_act(identity):
+def _ranks_note(identity: Identity, mode: str, fleet: Optional[FleetSettings]) -> str:
+    if not _may_act(identity, fleet):
         acts = ": AUTO only observes" if mode == "AUTO" else ""
         return (
             f"{identity.local_world_size} of {identity.world_size} ranks are on this node, and the "

@@ -109,7 +109,12 @@ def open_consumer(connection: Connection, *, reach_s: float = REACH_S, **options
 
 def open_producer(connection: Connection, *, reach_s: float = REACH_S, **options: Any) -> Producer:
     """The producer of :func:`producer_client`, for its caller to close."""
-    options = {"acks": "all", "enable_idempotence": True, **options}
+    options = {
+        "acks": "all",
+        "enable_idempotence": True,
+        "max_block_ms": int(1000 * reach_s),  # it looks for its brokers with the first send
+        **options,
+    }
     client: Producer
     with _broker_errors(connection):
         client = _open(require_kafka().KafkaProducer, connection, reach_s, options)

@@ -60,9 +60,8 @@ def test_runs_that_are_interleaved_in_a_partition_are_told_apart(fleet: TopicsOn
         one = log._reader.partition_of("x0")
         names = [f"x{n}" for n in range(40) if log._reader.partition_of(f"x{n}") == one][:3]
     runs = {name: going_wrong(name, 30) for name in names}
-    for step in range(31):
-        for events in runs.values():
-            fleet.put_events([events[step]])
+    mixed = [events[step] for step in range(31) for events in runs.values()]
+    fleet.put(fleet.topics.steps, [event_messages([event])[0] for event in mixed])
     assert read(fleet, names)[0] == runs
     assert read(fleet, names[:1])[0] == {names[0]: runs[names[0]]}
 

@@ -1,9 +1,9 @@
-"""The process beside a training process that speaks to the brokers: ``python -m plarv.fleet.child``.
+"""The process beside a training process that speaks to the brokers.
 
-It ships the run's journal and reads its verdicts and actions back, so that the training loop shares
-its interpreter with no Kafka client. stdin: a line of configuration, later lines are commands; its
-end means that the training process is gone. stdout: one JSON object a line, for the training
-process.
+``python -m plarv.fleet.child`` ships the run's journal and reads its verdicts and actions back, so
+that the training loop shares its interpreter with no Kafka client. stdin: a line of configuration,
+later lines are commands; its end means that the training process is gone. stdout: one JSON object a
+line, for the training process.
 """
 
 from __future__ import annotations
@@ -97,10 +97,8 @@ class Child:
 
     def command(self, line: str) -> None:
         """A line from the training process; "" where it is gone."""
-        if not line:
+        if not line:  # otherwise it waits for us as long as it can
             self._until = min(self._until, time.monotonic() + _ALONE_S)
-        elif "finish" in json.loads(line):
-            pass  # as long as the training process lives, it says when to stop
         self._asked_to_finish.set()
         self._wake.set()
 
@@ -118,9 +116,7 @@ class Child:
             else:
                 self._tell({"state": "ready"})
                 return True
-            self._asked_to_finish.wait(pause)
-            if self._asked_to_finish.is_set():
-                time.sleep(_PAUSE_S)
+            self._stop.wait(min(pause, max(0.0, self._left_s())))
         return False
 
     def _ship_all(self) -> None:

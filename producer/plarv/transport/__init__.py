@@ -1,9 +1,9 @@
-"""Ways from the journal to an engine and back. One protocol; this version has the embedded one."""
+"""Ways from the journal to an engine and back: the embedded engine, or a fleet's brokers."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Callable, Deque, Protocol
+from typing import Callable, Deque, Mapping, Protocol
 
 from plarv.decision import CONTINUE, Decision
 from plarv_schemas.events import Action
@@ -18,12 +18,14 @@ class Mailbox:
     are single operations of the interpreter, so no lock is needed.
     """
 
-    __slots__ = ("decision", "actions", "_listener")
+    __slots__ = ("decision", "actions", "refused", "_listener")
 
     def __init__(self, listener: Callable[[Decision], None]) -> None:
         self.decision: Decision = CONTINUE
         self._listener = listener
         self.actions: Deque[Action] = deque(maxlen=256)  # to be applied by the training thread
+        # To be written down by it: {"action": id, "why": ...} of what must not be obeyed.
+        self.refused: Deque[Mapping[str, str]] = deque(maxlen=256)
 
     def publish(self, decision: Decision) -> None:
         """A newer decision; ``listener`` hears of it on the transport's thread."""
