@@ -53,7 +53,7 @@ class Fleet:
         self.master_key = secrets.token_urlsafe(32)
         self._broker = None if brokers else LocalBroker(folder / "broker")
         self.brokers = brokers or ""
-        self._worker: Optional[subprocess.Popen[str]] = None
+        self._worker: Optional[subprocess.Popen[bytes]] = None
 
     @property
     def connection(self) -> Connection:
@@ -81,23 +81,14 @@ class Fleet:
         """Starts a worker and waits until it is well; what it says of itself."""
         command = [sys.executable, "-m", "plarv", "worker", "--metrics-port", "0"]
         command += ["--partitions", "4", "--state-dir", str(self.folder / "workers")]
-        self._worker = subprocess.Popen(
-            command,
-            env=self.environment(ARGUS_MASTER_KEY=self.master_key),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        said, health = "", ""
-        assert self._worker.stderr is not None
-        for line in self._worker.stderr:
-            said = line.split(": ", 2)[-1].strip() if " worker " in line else said
-            found = re.search(r"(http://\S+)/metrics", line)
-            if found:
-                health = found[1] + "/healthz"
-                break
-        threading.Thread(target=self._worker.stderr.read, daemon=True).start()
-        _wait_for(lambda: _is_well(health), _READY_S, "the worker")
-        return said
+        log = self.folder / "worker.log"
+        with log.open("wb") as stream:
+            self._worker = subprocess.Popen(
+                command, env=self.environment(ARGUS_MASTER_KEY=self.master_key), stderr=stream
+            )
+        _wait_for(lambda: _is_well(_health_of(log)), _READY_S, "the worker")
+        found = re.search(r"worker \S+: (.*)", log.read_text())
+        return found[1] if found else ""
 
     def train(self) -> subprocess.Popen[bytes]:
         """Starts the job. Each rank is given the key of its run, and no other."""
@@ -287,9 +278,16 @@ def _timed(what: str, start: Callable[[], str]) -> None:
     _say(f"  {what:7}  {said} ({time.monotonic() - began:.1f} s)")
 
 
+def _health_of(log: Path) -> str:
+    found = re.search(r"(http://\S+)/metrics", log.read_text())
+    return f"{found[1]}/healthz" if found else ""
+
+
 def _is_well(url: str) -> bool:
     import urllib.request
 
+    if not url:
+        return False
     try:
         with urllib.request.urlopen(url, timeout=2.0) as answer:
             return bool(answer.status == 200)

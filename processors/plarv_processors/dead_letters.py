@@ -61,7 +61,9 @@ def read_dead_letters(connection: Connection, topics: Topics) -> List[DeadLetter
 
 
 def send_again(connection: Connection, topics: Topics, letters: Sequence[DeadLetter]) -> int:
-    """Sends letters to where they came from, under their key; how many. BrokerError.
+    """Puts letters back into the log, under their key; how many. BrokerError.
+
+    One that does not come from there is left where it is.
 
     A marker behind each keeps in mind that it was sent. Killed in between, it is sent twice the
     next time: readers know an event that they have.
@@ -77,12 +79,10 @@ def send_again(connection: Connection, topics: Topics, letters: Sequence[DeadLet
         producer = stack.enter_context(producer_client(connection, max_request_size=_MAX_BYTES))
         for record in reader.read(ranges):
             target = header(record.headers, SOURCE_TOPIC_HEADER)
-            if (record.partition, record.offset) not in wanted or target is None:
-                continue
-            if target == topics.dead_letters or target not in topics.all():
+            if (record.partition, record.offset) not in wanted or target != topics.steps:
                 continue  # a letter does not choose any topic it likes
             headers = [pair for pair in record.headers if pair[0] not in _ADDED]
-            producer.send(target, value=record.value, key=record.key, headers=headers).get(
+            producer.send(topics.steps, value=record.value, key=record.key, headers=headers).get(
                 timeout=_ACKNOWLEDGED_S
             )
             producer.send(

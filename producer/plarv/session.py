@@ -5,17 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Union
 
 from plarv import settings
 from plarv.agreement import StoreAgreement
+from plarv.announcement import address_note, describe, may_act, ranks_note
 from plarv.columns import ColumnReader
 from plarv.console import Console
 from plarv.decision import Decision
-from plarv.discovery import batch_size_of, describe_model, total_steps_of
+from plarv.discovery import batch_size_of
 from plarv.exceptions import ArgusError
 from plarv.faults import Faults, Guard
-from plarv.fleet.connection import fleet_connection, fleet_topics, key_of_run
 from plarv.identity import Identity, discover, validate_run_id
 from plarv.interventions import Interventions
 from plarv.journal_home import Home, open_home, refuse_if_paused, remove_session, sample_key
@@ -25,8 +25,10 @@ from plarv.recorder import Recorder
 from plarv.signals import ModelSignals
 from plarv.transport import Mailbox, Transport
 from plarv.transport.embedded import EmbeddedTransport
-from plarv.transport.kafka import FleetSettings, KafkaTransport, absolute, check_installed
 from plarv_schemas.events import Action, Verdict
+
+if TYPE_CHECKING:
+    from plarv.fleet.opening import FleetSettings
 
 __all__ = ["Session", "open_session"]
 
@@ -66,8 +68,8 @@ class Session:
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
         self._interventions = Interventions(
-            auto=mode == "AUTO" and _may_act(identity, fleet),
-            accept_operator=given["accept_operator"] is True and _may_act(identity, fleet),
+            auto=mode == "AUTO" and may_act(identity, fleet),
+            accept_operator=given["accept_operator"] is True and may_act(identity, fleet),
             cap=self._cap,
             find_optimizer=self._signals.optimizer,
             on_pause=given["on_pause"],
@@ -87,6 +89,7 @@ class Session:
         self._follow_rate = follow_rate
         self._rate: Optional[Mapping[str, Any]] = None
         self._odd_rate = False
+        self._fleet = fleet
         self.transport = self._embedded() if fleet is None else self._kafka(fleet)
         self._look_at_rate()
         self._hold()
@@ -100,7 +103,7 @@ class Session:
         self.writer.control("session_started", step=None, rank=self.identity.rank, data=data)
         try:
             self.transport.start()
-            if isinstance(self.transport, KafkaTransport):
+            if self._fleet is not None:
                 refuse_if_paused(self.run_id)
         except BaseException:
             self._discard()
@@ -209,6 +212,8 @@ class Session:
         )
 
     def _kafka(self, fleet: FleetSettings) -> Transport:
+        from plarv.transport.kafka import KafkaTransport
+
         return KafkaTransport(
             fleet,
             self.folder,
@@ -227,8 +232,7 @@ class Session:
         guard = Guard("a start that failed", self.faults)
         self._closed = True
         with guard:
-            if isinstance(self.transport, KafkaTransport):
-                self.transport.discard()
+            self.transport.discard()
         with guard:
             self._signals.close()
             self.writer.close()
@@ -319,7 +323,7 @@ def open_session(
     for name in ("ARGUS_JOURNAL_MAX_MB", "ARGUS_SHUTDOWN_TIMEOUT"):
         settings.number(name)
     identity = discover(wanted)
-    fleet = _fleet(given, identity, mode)
+    fleet = _fleet(given, identity.run_id, mode)
     refuse_if_paused(identity.run_id)
     world_size = identity.local_world_size if fleet is None else identity.world_size
     home = open_home(identity, secrets.token_hex(8), world_size)
@@ -331,92 +335,17 @@ def open_session(
     say = session.console.say
     rank = f", {identity.world_size} ranks" if identity.world_size > 1 else ""
     say(f"run {identity.run_id} ({mode}{rank}), journal in {home.folder}")
-    for note in (home.note, _address_note(given, fleet, mode), _ranks_note(identity, mode, fleet)):
+    for note in (home.note, address_note(given, fleet, mode), ranks_note(identity, mode, fleet)):
         if note:
             say(note)
-    session.start(_describe(given, identity, mode, may_act=_may_act(identity, fleet)))
+    session.start(describe(given, identity, mode, acts=may_act(identity, fleet)))
     return session
 
 
-def _fleet(given: Mapping[str, Any], identity: Identity, mode: str) -> Optional[FleetSettings]:
-    """The fleet that the arguments or the settings name; None: the embedded engine judges."""
+def _fleet(given: Mapping[str, Any], run_id: str, mode: str) -> Optional[FleetSettings]:
+    """The fleet that the run belongs to; None: the embedded engine judges it."""
     if not (given["brokers"] or settings.text("ARGUS_BROKERS")):
         return None
-    connection = absolute(fleet_connection(given["brokers"], given["api_key"]))
-    check_installed()
-    return FleetSettings(
-        connection,
-        fleet_topics(),
-        key_of_run(identity.run_id, given["run_key"]),
-        only_informs=mode != "AUTO" and given["accept_operator"] is not True,
-        handshake_s=float(given["step0_timeout"]),
-        fail_open=given["fail_open"] is True,
-    )
+    from plarv.fleet.opening import fleet_settings  # it and TLS cost a run without brokers nothing
 
-
-def _describe(
-    given: Mapping[str, Any], identity: Identity, mode: str, *, may_act: bool
-) -> Dict[str, Any]:
-    """What a session says of itself: numbers and names, nothing of the data or the weights."""
-    from plarv import __version__
-
-    found = describe_model(given["model"], given["tokenizer"]) if given["model"] is not None else {}
-    total_steps = given["total_steps"]
-    if total_steps is None and given["dataloader"] is not None:
-        total_steps = total_steps_of(given["dataloader"])
-    data: Dict[str, Any] = {
-        "mode": mode if may_act else "MANUAL",
-        "accept_operator": given["accept_operator"] is True and may_act,
-        "world_size": identity.world_size,
-        "local_world_size": identity.local_world_size,
-        "restart_count": identity.restart_count,
-        "total_steps": None if total_steps is None else int(total_steps),
-        "start_step": int(given["start_step"]),
-        "project": settings.text("ARGUS_PROJECT", given["project"]) or None,
-        "sdk": __version__,
-    }
-    for name in ("sequence_length", "vocab_size", "num_layers", "hidden_dim", "dtype"):
-        value = given[name] if given[name] is not None else found.get(name)
-        if name == "dtype":
-            data[name] = None if value is None else str(value).replace("torch.", "")
-        else:
-            data[name] = None if value is None else int(value)
-    data["parameters"] = found.get("parameters")
-    return data
-
-
-def _may_act(identity: Identity, fleet: Optional[FleetSettings]) -> bool:
-    """Whether whoever judges the run sees all its ranks: the embedded engine, those of a node."""
-    return fleet is not None or identity.world_size <= identity.local_world_size
-
-
-def _address_note(given: Mapping[str, Any], fleet: Optional[FleetSettings], mode: str) -> str:
-    if fleet is not None:
-        if fleet.key is None and not fleet.only_informs:
-            return (
-                f"{mode} without a key: every action of the fleet will be refused. Set "
-                "ARGUS_RUN_KEY, from `argus key for RUN`, or ARGUS_MASTER_KEY"
-            )
-        return ""
-    if settings.text("ARGUS_URL", given["url"]):
-        return "the HTTP transport is not in this version: using the embedded engine"
-    if settings.text("ARGUS_API_KEY", given["api_key"]):
-        return (
-            "an api_key without an address: using the embedded engine, nothing leaves this machine"
-        )
-    return ""
-
-
-def _ranks_note(identity: Identity, mode: str, fleet: Optional[FleetSettings]) -> str:
-    if not _may_act(identity, fleet):
-        acts = ": AUTO only observes" if mode == "AUTO" else ""
-        return (
-            f"{identity.local_world_size} of {identity.world_size} ranks are on this node, and the "
-            f"embedded engine sees only these{acts}"
-        )
-    if identity.world_size > 1 and mode == "AUTO" and not StoreAgreement(identity).available():
-        return (
-            "torch.distributed is not initialised yet: until it is, AUTO only observes, since "
-            "several ranks must act at one step or not at all"
-        )
-    return ""
+    return fleet_settings(given, run_id, mode)

@@ -26,7 +26,7 @@ __all__ = [
     "require_kafka",
 ]
 
-REACH_S = 10.0  # to find the brokers; then they count as unreachable
+REACH_S = 5.0  # to find the brokers; then they count as unreachable
 
 
 class BrokerError(Exception):

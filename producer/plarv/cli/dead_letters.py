@@ -90,7 +90,7 @@ def _send(options: argparse.Namespace) -> int:
         count = send_again(fleet.connection, fleet.topics, chosen) if chosen else 0
     sys.stdout.write(f"{count} {'letter' if count == 1 else 'letters'} sent again\n")
     if count < len(chosen):
-        raise Complaint(f"{len(chosen) - count} do not say which topic they came from", 1)
+        raise Complaint(f"{len(chosen) - count} did not come from {fleet.topics.steps}", 1)
     return 0
 
 

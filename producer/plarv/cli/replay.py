@@ -39,20 +39,7 @@ def add_to(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", metavar="FILE", type=Path)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="kafka://HOST:PORT",
-        help="a fleet's log instead of files",
-    )
-    parser.add_argument(
-        "--runs", metavar="RUN,...", help="of the fleet's log, these alone (default: all)"
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="with what the fleet recorded, whole records; exit with 1 where they differ",
-    )
+    _add_log_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--detector",
@@ -76,6 +63,23 @@ def add_to(commands: Any) -> None:
         help="of the policy, where the recording does not say (default: MANUAL)",
     )
     parser.set_defaults(command=run)
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="kafka://HOST:PORT",
+        help="a fleet's log instead of files",
+    )
+    parser.add_argument(
+        "--runs", metavar="RUN,...", help="of the fleet's log, these alone (default: all)"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with what the fleet recorded, whole records; exit with 1 where they differ",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

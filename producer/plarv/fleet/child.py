@@ -18,13 +18,13 @@ import time
 import traceback
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 
 from plarv.fleet.link import Link
 from plarv.fleet.shipper import SessionShipper
 from plarv.fleet.subscription import Subscriber, Subscription
 from plarv_schemas.events import Action, Verdict
-from plarv_schemas.journal_reader import segments_of
+from plarv_schemas.journal_reader import SegmentFile, segments_of
 from plarv_schemas.kafka_clients import BrokerError, RefusedError, quiet_kafka_log
 from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.topics import Topics
@@ -40,7 +40,7 @@ _IDLE_AFTER_S = 2.0  # ... for so long
 _TROUBLE_S = 3.0  # without an acknowledgement, and it is said
 _ALONE_S = 10.0  # to ship what is left, once the training process is gone
 _LAST_WORDS_S = 0.7  # for the verdicts on the last steps, once all is shipped
-_PARENT_EVERY_S = 0.5
+_LEFT_OVER_EVERY_S = 10.0  # another process may end before it has shipped all
 
 Record = Union[Verdict, Action]
 
@@ -48,15 +48,14 @@ Record = Union[Verdict, Action]
 class Child:
     """Ships, subscribes, and tells the training process what happens."""
 
-    def __init__(self, config: Mapping[str, Any], tell: Callable[[Dict[str, Any]], None]) -> None:
+    def __init__(self, config: Dict[str, Any], tell: Callable[[Dict[str, Any]], None]) -> None:
         self._tell = tell
         self._folder = Path(config["folder"])
         self._session, self._rank = str(config["session"]), int(config["rank"])
         self._leftovers = bool(config["leftovers"])  # whether earlier sessions are shipped here too
         self._topics = Topics(config["prefix"])
-        connection = Connection(
-            **{**config["connection"], "brokers": tuple(config["connection"]["brokers"])}
-        )
+        brokers = tuple(str(address) for address in config["connection"].pop("brokers"))
+        connection = Connection(brokers, **config["connection"])
         key = config["key"]
         self._wake = threading.Event()
         self._link = Link(connection, self._wake.set)
@@ -68,20 +67,23 @@ class Child:
                 folder=self._folder,
                 key=bytes.fromhex(key) if key else None,
                 only_informs=bool(config["only_informs"]),
+                begin=config["begin"],
             ),
             connection,
             self._topics,
             self._deliver,
             lambda name, why: tell({"refused": {"action": name, "why": why}}),
+            lambda offsets: tell({"next": offsets}),
         )
         self._until = float("inf")
         self._asked_to_finish = threading.Event()
         self._parent = os.getppid()
         self._stop = threading.Event()  # of the subscription's thread
-        self._troubled = False
+        self._troubled_at: Optional[int] = None  # the record that had come last
 
     def run(self) -> None:
         """Reaches the brokers, then ships until the training process has ended."""
+        self._turn(self._own, only_acquire=True)  # so that no other process takes it for left over
         if self._reach():
             thread = threading.Thread(target=self._subscribe, name="subscription", daemon=True)
             thread.start()
@@ -121,43 +123,50 @@ class Child:
 
     def _ship_all(self) -> None:
         """What earlier sessions left, then this one's, until all is acknowledged or time is up."""
-        waiting: Deque[SessionShipper] = deque(self._left_over() if self._leftovers else ())
-        waiting.append(self._own)
-        busy_at = time.monotonic()
+        waiting = self._left_over()
+        busy_at = looked_at = time.monotonic()
         while self._left_s() > 0:
-            shipper = waiting[0]
+            shipper = waiting[0] if waiting else self._own
             self._wake.clear()
-            if self._turn(shipper):
-                busy_at = time.monotonic()
-                self._say_if_troubled(shipper)
-                continue
+            is_busy = self._turn(shipper)
             self._say_if_troubled(shipper)
-            if shipper.done and shipper is not self._own:
+            now = time.monotonic()
+            if is_busy:
+                busy_at = now
+            elif shipper is not self._own and (shipper.done or shipper.errors):
                 waiting.popleft().close()
-                continue
-            if shipper.done and self._asked_to_finish.is_set():
+            elif shipper.done and self._asked_to_finish.is_set():
                 return
-            idle = time.monotonic() - busy_at > _IDLE_AFTER_S and not shipper.pending
-            self._wake.wait(_IDLE_PAUSE_S if idle else _PAUSE_S)
+            else:
+                idle = now - busy_at > _IDLE_AFTER_S and not shipper.pending
+                self._wake.wait(_IDLE_PAUSE_S if idle else _PAUSE_S)
+            if now - looked_at > _LEFT_OVER_EVERY_S and not waiting:
+                looked_at = now
+                waiting = self._left_over()
 
-    def _turn(self, shipper: SessionShipper) -> bool:
+    def _turn(self, shipper: SessionShipper, *, only_acquire: bool = False) -> bool:
         try:
-            if not shipper.acquire():
-                return False
-            return shipper.turn()
+            return shipper.acquire() and not only_acquire and shipper.turn()
         except (OSError, ValueError) as error:
-            self._tell({"fault": f"shipping: {error}"})
+            why = f"shipping {shipper.session}: {error}"
+            shipper.errors[why] = 1
+            self._tell({"fault": why})
             self._wake.wait(_AGAIN_S)
             return False
 
-    def _left_over(self) -> List[SessionShipper]:
-        """Shippers of the sessions that ended before they were shipped, and that nobody ships."""
-        found: List[SessionShipper] = []
-        for session, files in sorted(segments_of(self._folder).items()):
+    def _left_over(self) -> Deque[SessionShipper]:
+        """Shippers of sessions that ended before they were shipped, and that nobody ships."""
+        found: Deque[SessionShipper] = deque()
+        if not self._leftovers:
+            return found
+        for session, files in sorted(segments_of(self._folder).items(), key=_age):
             if session != self._session and files[0].rank >= 0:
                 shipper = self._shipper(files[0].rank, session)
-                if shipper.acquire():
-                    found.append(shipper)
+                try:
+                    if shipper.acquire():
+                        found.append(shipper)
+                except OSError as error:
+                    self._tell({"fault": f"shipping {session}: {error}"})
         return found
 
     def _shipper(self, rank: int, session: str) -> SessionShipper:
@@ -167,12 +176,12 @@ class Child:
         """One line when the brokers stop to answer, one when they do again."""
         silent = shipper.silent_s()
         if shipper.trouble or silent > _TROUBLE_S:
-            if not self._troubled:
-                self._troubled = True
+            if self._troubled_at is None:
+                self._troubled_at = shipper.record
                 why = shipper.trouble or f"no acknowledgement for {silent:.0f} s"
                 self._tell({"trouble": why})
-        elif self._troubled and not silent:
-            self._troubled = False
+        elif self._troubled_at is not None and shipper.record > self._troubled_at:
+            self._troubled_at = None
             self._tell({"trouble": ""})
 
     def _subscribe(self) -> None:
@@ -197,6 +206,14 @@ class Child:
         if self._until == float("inf") and os.getppid() != self._parent:
             self.command("")
         return self._until - now
+
+
+def _age(item: Tuple[str, List[SegmentFile]]) -> float:
+    """When a session's first segment was last written, for those that are older to go first."""
+    try:
+        return item[1][0].path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 class _Voice:
@@ -230,7 +247,8 @@ class _Voice:
 
 def main() -> None:
     """Runs until the training process ends, or 10 s longer where something is left to ship."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with the training process, which may go on
     os.nice(_NICENESS)
     # What others print must not get between the lines.
     answers = os.dup(sys.stdout.fileno())

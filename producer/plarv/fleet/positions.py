@@ -51,7 +51,7 @@ def read_note(path: Path) -> Dict[str, Any]:
         data: Any = json.loads(text)
     except (OSError, ValueError):
         return {}
-    return data if isinstance(data, dict) else {}
+    return cast("Dict[str, Any]", data) if isinstance(data, dict) else {}
 
 
 def write_note(path: Path, data: Dict[str, Any]) -> None:

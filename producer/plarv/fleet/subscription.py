@@ -47,6 +47,8 @@ class Subscriber(NamedTuple):
     folder: Path
     key: Optional[bytes]  # of the run; None: no action can be checked
     only_informs: bool  # MANUAL, and no operator is obeyed
+    begin: Mapping[str, int]  # "topic/partition" -> offset, where an earlier process of this very
+    # session stopped; empty: this is its first
 
 
 class Subscription:
@@ -54,7 +56,8 @@ class Subscription:
 
     What came before :meth:`open` returned is written down only: it belongs to the run's past. What
     comes later is also handed to ``deliver(record, binding)``; an action that must not be obeyed to
-    ``refuse(id, why)``. ``binding``: whether the training process may carry it out.
+    ``refuse(id, why)``. ``binding``: whether the training process may carry it out. ``noted`` hears
+    the offsets at which another process goes on, if this one dies.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class Subscription:
         topics: Topics,
         deliver: Callable[[Record, bool], None],
         refuse: Callable[[str, str], None],
+        noted: Callable[[Dict[str, int]], None],
     ) -> None:
         self._subscriber = subscriber
         self._connection = connection
         self._topics = topics
         self._deliver = deliver
         self._refuse = refuse
+        self._noted = noted
         self._key = subscriber.run_id.encode("utf-8")
         self._files = RecordFiles(subscriber.folder)
         self._consumer: Optional[Consumer] = None
@@ -88,7 +93,8 @@ class Subscription:
         until = time.monotonic() + reach_s
         self._connect(reach_s)
         self._lead()
-        self._seen.update(dict.fromkeys(self._files.seen))
+        if not self._subscriber.begin:
+            self._seen.update(dict.fromkeys(self._files.seen))
         while any(self._next[topic] < end for topic, end in self._live.items()):
             self.poll()
             if time.monotonic() > until:
@@ -165,11 +171,12 @@ class Subscription:
             consumer.seek(place, begin)
             self._next[place.topic] = begin
             if first:
-                self._live[place.topic] = ends[place]
+                self._live[place.topic] = begin if self._subscriber.begin else ends[place]
 
     def _stored(self, numbers: Mapping[str, int]) -> Dict[str, int]:
         """Where an earlier process of this run stopped reading."""
-        note = read_note(self._subscriber.folder / SUBSCRIBED_FILE)
+        who = self._subscriber
+        note = who.begin or read_note(who.folder / SUBSCRIBED_FILE)
         found: Dict[str, int] = {}
         for name, number in numbers.items():
             offset: Any = note.get(f"{name}/{number}")
@@ -267,6 +274,7 @@ class Subscription:
             return
         self._noted_at = now
         offsets = {f"{p.topic}/{p.partition}": self._next[p.topic] for p in self._places}
+        self._noted(offsets)
         try:
             self._files.note(offsets)
         except OSError:  # an older note costs a second look

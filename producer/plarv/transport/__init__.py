@@ -42,7 +42,11 @@ class Transport(Protocol):
         ...
 
     def start(self) -> None:
-        """Starts the background thread."""
+        """Starts the background thread; a handshake that fails raises."""
+        ...
+
+    def discard(self) -> None:
+        """Ends at once what ``start`` began: there will be no run."""
         ...
 
     def close(self, timeout_s: float) -> None:

@@ -7,14 +7,13 @@ import os
 import select
 import subprocess
 import sys
-import time
+import threading
 from typing import Any, Dict, List, Mapping
 
 __all__ = ["ChildProcess"]
 
 _MODULE = "plarv.fleet.child"
 _CHUNK = 65_536
-_MAX_LINE = 64 * 1024 * 1024
 
 
 class ChildProcess:
@@ -26,7 +25,10 @@ class ChildProcess:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        if not sys.executable:
+            raise OSError("nobody can say which interpreter this is")
         self._rest = b""
+        self._ended = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE],
             stdin=subprocess.PIPE,
@@ -34,13 +36,15 @@ class ChildProcess:
             stderr=subprocess.DEVNULL,  # a pipeline must not wait for it
             bufsize=0,
             cwd="/",  # where no file of the user's is taken for a module
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
             start_new_session=True,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._stdout, False)
+        self._poll = select.poll()  # select() takes no descriptor above 1023
+        self._poll.register(self._stdout, select.POLLIN)
         self.tell(config)
 
     @property
@@ -50,8 +54,8 @@ class ChildProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
+        """Whether it has not ended, as far as :meth:`hear` has heard."""
+        return not self._ended
 
     def tell(self, line: Mapping[str, Any]) -> None:
         """Sends it a line; one that has ended does not hear it."""
@@ -63,38 +67,51 @@ class ChildProcess:
             return
 
     def hear(self, timeout_s: float) -> List[Dict[str, Any]]:
-        """The lines that it has written by now; waits up to ``timeout_s`` where there are none.
-
-        Where it has ended, this waits too: the caller looks at ``alive``.
-        """
-        if not select.select([self._stdout], [], [], max(0.0, timeout_s))[0]:
+        """The lines that it has written by now; waits up to ``timeout_s`` where there are none."""
+        if self._ended or not self._poll.poll(max(0.0, 1000 * timeout_s)):
             return []
         try:
             data = os.read(self._stdout, _CHUNK)
         except BlockingIOError:
             return []
-        if not data:
-            time.sleep(min(timeout_s, 0.05))
+        if not data:  # its end of the pipe is closed, and it alone had it
+            self._ended = True
             return []
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _MAX_LINE:
-            self._rest = b""
         return [json.loads(line) for line in lines]
 
     def leave(self) -> None:
         """Closes its stdin: it ships what is left, for 10 s at most, and ends."""
-        self.abandon()
+        self._close_pipes()
+        try:
+            threading.Thread(target=self._process.wait, name="argus-reaper", daemon=True).start()
+        except RuntimeError:  # the interpreter ends
+            self._process.returncode = 0
 
     def kill(self) -> None:
         """Ends it now."""
         self._process.kill()
         self._process.wait()
-        self.abandon()
+        self._close_pipes()
 
     def abandon(self) -> None:
-        """Lets go of the pipes, without a word to it; in a forked child they are copies."""
+        """In a forked child: closes its copies of the pipes, without a word to the process."""
+        self._close_pipes()
+        self._process.returncode = 0  # it is not this process's child
+
+    def _close_pipes(self) -> None:
+        self._ended = True
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        if self._process.returncode is None:
-            self._process.returncode = 0  # nobody waits for it: Popen would say so at the end
+
+
+def _paths() -> List[str]:
+    """Where this process finds its modules, as whole paths."""
+    paths: List[str] = []
+    for path in sys.path:
+        try:
+            paths.append(os.path.abspath(path))
+        except OSError:  # the working folder is gone
+            continue
+    return paths

@@ -97,6 +97,10 @@ class EmbeddedTransport:
         else:
             self._thread.join(timeout_s)
 
+    def discard(self) -> None:
+        """Ends the thread; it had nothing to fold."""
+        self.close(0.0)
+
     def abandon(self) -> None:
         """In a forked child: closes its copy of the lock, or the run would stay locked with it."""
         self._lock.release()

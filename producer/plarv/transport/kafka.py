@@ -6,19 +6,14 @@ that sleeps on a pipe.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
+from typing import Any, Callable, Dict, List, Optional, Set
 
-from plarv.exceptions import (
-    ArgusAuthenticationError,
-    ArgusConfigurationError,
-    ArgusConnectionError,
-)
+from plarv.exceptions import ArgusAuthenticationError, ArgusConnectionError
 from plarv.faults import Faults
+from plarv.fleet.opening import FleetSettings
 from plarv.fleet.positions import read_shipped
 from plarv.transport import Mailbox
 from plarv.transport.child_process import ChildProcess
@@ -27,27 +22,15 @@ from plarv.transport.journal_keeper import JournalKeeper
 from plarv_schemas.events import Action, Verdict
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.journal_writer import JournalWriter
-from plarv_schemas.kafka_connection import Connection
-from plarv_schemas.topics import Topics
 
-__all__ = ["FleetSettings", "KafkaTransport", "absolute", "check_installed"]
+__all__ = ["KafkaTransport"]
 
 _PAUSE_S = 0.05  # at most between two looks at the journal's segments
 _RESTART_S = 0.5  # before a child that died is followed by another; doubled each time ...
 _MAX_RESTART_S = 30.0  # ... up to this
 _MAX_REFUSALS = 100  # of one run that are written into its log
+_MAX_BROUGHT = 16_384
 _MARGIN_S = 0.2  # of the exit's time, for what comes after
-
-
-class FleetSettings(NamedTuple):
-    """How a run reaches its fleet."""
-
-    connection: Connection
-    topics: Topics
-    key: Optional[bytes]  # of the run; None: no action can be checked
-    only_informs: bool  # MANUAL, and no operator is obeyed
-    handshake_s: float
-    fail_open: bool
 
 
 class KafkaTransport:
@@ -85,6 +68,8 @@ class KafkaTransport:
         self._restart_s = _RESTART_S
         self._restart_at = 0.0
         self._refusals = 0
+        self._brought: Dict[str, None] = {}  # ids of records, the newest last
+        self._next: Dict[str, int] = {}  # offsets at which another child goes on
         self._binding: Set[str] = set()  # actions that may be carried out, until handed over
         self._troubled = False
         self._stop = threading.Event()
@@ -166,6 +151,7 @@ class KafkaTransport:
             "leftovers": self._leads,
             "key": settings.key.hex() if settings.key is not None else "",
             "only_informs": settings.only_informs,
+            "begin": self._next,
         }
 
     def _shake_hands(self) -> None:
@@ -223,7 +209,7 @@ class KafkaTransport:
             self._writer.hold(True)  # again: the training thread may have let go in between
 
     def _child_died(self, child: ChildProcess) -> None:
-        child.abandon()
+        child.leave()
         self._child = None
         self._faults.count("the process that ships died, and was started again")
         self._restart_at = time.monotonic() + self._restart_s
@@ -232,10 +218,7 @@ class KafkaTransport:
     def _take(self, line: Dict[str, Any]) -> List[Record]:
         """What a line from the child says; the record in it."""
         if "record" in line:
-            record = _record(line["record"])
-            if line["binding"]:
-                self._binding.add(record.id)
-            return [record]
+            return self._take_record(line)
         if "refused" in line:
             self._refuse(line["refused"])
         elif "state" in line:
@@ -250,9 +233,24 @@ class KafkaTransport:
                 self._recovered()
         elif "finished" in line:
             self._finished = line["finished"]
+        elif "next" in line:
+            self._next = line["next"]
         elif "fault" in line:
+            self._why = self._why or str(line["fault"])
             self._faults.count(str(line["fault"]))
         return []
+
+    def _take_record(self, line: Dict[str, Any]) -> List[Record]:
+        """A verdict or action; none where an earlier child brought it."""
+        record = _record(line["record"])
+        if record.id in self._brought:
+            return []
+        self._brought[record.id] = None
+        if len(self._brought) > _MAX_BROUGHT:
+            del self._brought[next(iter(self._brought))]
+        if line["binding"]:
+            self._binding.add(record.id)
+        return [record]
 
     def _in_trouble(self, why: str) -> None:
         if not self._troubled:
@@ -293,7 +291,7 @@ class KafkaTransport:
         """Ships what it can until the deadline; then the child goes on alone."""
         child = self._child
         if child is None:
-            return
+            self._child = child = ChildProcess(self._config())
         child.tell({"finish": True})
         while self._finished is None and time.monotonic() < self._deadline and child.alive:
             records = [r for line in child.hear(0.02) for r in self._take(line)]
@@ -316,24 +314,6 @@ class KafkaTransport:
                     except FileNotFoundError:  # another rank was quicker
                         continue
         return freed
-
-
-def check_installed() -> None:
-    """ArgusConfigurationError: what the fleet's transport needs is not installed."""
-    for module, name in (("kafka", "kafka-python"), ("pyarrow", "pyarrow")):
-        if importlib.util.find_spec(module) is None:
-            raise ArgusConfigurationError(
-                f"brokers need {name}: pip install 'plarv-argus-sdk[kafka]'"
-            )
-
-
-def absolute(connection: Connection) -> Connection:
-    """The connection with its files' whole paths: the process beside has another working folder."""
-    ca, certificate, key = (
-        os.path.abspath(path) if path else ""
-        for path in (connection.ca_file, connection.certificate_file, connection.key_file)
-    )
-    return connection._replace(ca_file=ca, certificate_file=certificate, key_file=key)
 
 
 def _record(data: Dict[str, Any]) -> Record:
