@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -15,6 +16,7 @@ import plarv
 from plarv.cli import main
 from plarv.exceptions import ArgusConfigurationError, ArgusConnectionError
 from plarv.fleet.orders import note_resumed
+from plarv.fleet.record_files import RecordFiles
 from plarv_processors.worker.identities import session_of
 from plarv_schemas.events import Action, ControlEvent, Event, Verdict
 from plarv_schemas.journal_writer import JournalWriter
@@ -281,6 +283,19 @@ def test_a_resume_that_a_training_process_wrote_down_is_not_written_twice(tmp_pa
     assert len(list(read_lines(home / ACTIONS_FILE))) == 2
 
 
+def test_a_resume_is_left_to_the_process_that_writes_there(tmp_path: Path) -> None:
+    home = run_folder_of(tmp_path, "run", order_action("run"))
+    resume = order_action("run", 9, kind="RESUME")
+    helper = RecordFiles(home)
+    assert helper.lead()
+    with ThreadPoolExecutor(1) as pool:
+        noted = pool.submit(note_resumed, home, resume)
+        helper.add(resume)
+        assert noted.result(30)
+    helper.close()
+    assert len(list(read_lines(home / ACTIONS_FILE))) == 2
+
+
 def test_a_resume_does_not_lift_a_pause_that_came_after_it(tmp_path: Path) -> None:
     home = run_folder_of(tmp_path, "run", order_action("run", 20))
     assert not note_resumed(home, order_action("run", 9, kind="RESUME"))
@@ -469,7 +484,7 @@ def test_a_run_that_is_not_in_the_log_and_poison_are_told(fleet: TopicsOnTest, a
     code, out, err = argus("replay", "--from", source, "--runs", "run,other")
     assert code == 2
     assert "run: 10 steps" in out
-    assert "1 message could not be read and were left out" in err
+    assert "left out 1 message that cannot be read" in err
     assert "no event of other in" in err
 
 

@@ -138,5 +138,5 @@ def _lift_here(folder: Path, action: Action) -> None:
             f"the pause could not be lifted in {folder}: {error.strerror or error}", 1
         ) from error
     if not lifted:
-        raise Complaint(f"{folder}: a later pause holds the run", 1)
+        raise Complaint(f"{folder}: a pause still holds the run: another one, given later", 1)
     sys.stdout.write(f"run {folder.name} is resumed here: its next attempt may start\n")

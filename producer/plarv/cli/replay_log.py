@@ -44,10 +44,10 @@ def replay_log(options: argparse.Namespace, config: EngineConfig) -> Tuple[int, 
                 first = False
             worst = max(worst, replayed.worst)
     if log.poison:
-        what = "message" if log.poison == 1 else "messages"
+        what = "message that" if log.poison == 1 else "messages that"
         tell(
-            f"{fleet.topics.steps}: {log.poison:,} {what} could not be read and were left out; "
-            "`argus dlq` lists what the workers found unreadable"
+            f"{fleet.topics.steps}: left out {log.poison:,} {what} cannot be read; `argus dlq` "
+            "lists what the workers could not"
         )
     missing = [run for run in runs or () if run not in log.found]
     if missing:

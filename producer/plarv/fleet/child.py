@@ -18,13 +18,12 @@ import time
 import traceback
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Optional, Union
 
 from plarv.fleet.link import Link
-from plarv.fleet.shipper import SessionShipper
+from plarv.fleet.shipper import SessionShipper, sessions_to_ship
 from plarv.fleet.subscription import Subscriber, Subscription
 from plarv_schemas.events import Action, Verdict
-from plarv_schemas.journal_reader import SegmentFile, segments_of
 from plarv_schemas.kafka_clients import BrokerError, RefusedError, quiet_kafka_log
 from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.topics import Topics
@@ -83,7 +82,7 @@ class Child:
 
     def run(self) -> None:
         """Reaches the brokers, then ships until the training process has ended."""
-        self._turn(self._own, only_acquire=True)  # so that no other process takes it for left over
+        self._acquire(self._own)  # so that no other process takes it for left over
         if self._reach():
             thread = threading.Thread(target=self._subscribe, name="subscription", daemon=True)
             thread.start()
@@ -144,14 +143,22 @@ class Child:
                 looked_at = now
                 waiting = self._left_over()
 
-    def _turn(self, shipper: SessionShipper, *, only_acquire: bool = False) -> bool:
+    def _turn(self, shipper: SessionShipper) -> bool:
+        """Whether there was anything to do."""
         try:
-            return shipper.acquire() and not only_acquire and shipper.turn()
+            return self._acquire(shipper) and shipper.turn()
         except (OSError, ValueError) as error:
             why = f"shipping {shipper.session}: {error}"
             shipper.errors[why] = 1
             self._tell({"fault": why})
-            self._wake.wait(_AGAIN_S)
+            self._stop.wait(_AGAIN_S)
+            return False
+
+    def _acquire(self, shipper: SessionShipper) -> bool:
+        try:
+            return shipper.acquire()
+        except OSError as error:
+            self._tell({"fault": f"shipping {shipper.session}: {error}"})
             return False
 
     def _left_over(self) -> Deque[SessionShipper]:
@@ -159,14 +166,11 @@ class Child:
         found: Deque[SessionShipper] = deque()
         if not self._leftovers:
             return found
-        for session, files in sorted(segments_of(self._folder).items(), key=_age):
-            if session != self._session and files[0].rank >= 0:
-                shipper = self._shipper(files[0].rank, session)
-                try:
-                    if shipper.acquire():
-                        found.append(shipper)
-                except OSError as error:
-                    self._tell({"fault": f"shipping {session}: {error}"})
+        for rank, session in sessions_to_ship(self._folder):
+            if session != self._session:
+                shipper = self._shipper(rank, session)
+                if self._acquire(shipper):
+                    found.append(shipper)
         return found
 
     def _shipper(self, rank: int, session: str) -> SessionShipper:
@@ -206,14 +210,6 @@ class Child:
         if self._until == float("inf") and os.getppid() != self._parent:
             self.command("")
         return self._until - now
-
-
-def _age(item: Tuple[str, List[SegmentFile]]) -> float:
-    """When a session's first segment was last written, for those that are older to go first."""
-    try:
-        return item[1][0].path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 class _Voice:

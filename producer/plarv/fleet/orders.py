@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
+from plarv.fleet.record_files import RecordFiles
 from plarv_schemas.events import Action, ControlEvent
 from plarv_schemas.kafka_clients import producer_client
 from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.messages import decode_action, decode_events
-from plarv_schemas.records import ACTIONS_FILE, paused_by, read_lines
+from plarv_schemas.records import paused_by
 from plarv_schemas.signatures import Order, run_key, sign, verify
 from plarv_schemas.topic_reader import Record, open_topic
 from plarv_schemas.topics import SIGNATURE_HEADER, TABLE_HEADER, Topics, header, make_headers
@@ -69,23 +69,22 @@ def give_order(
 
 
 def note_resumed(folder: Path, action: Action) -> bool:
-    """Writes a RESUME down in the run's folder, where nothing else does; whether a pause is lifted.
+    """Writes a RESUME down in the run's folder, where nobody else does; whether no pause is left.
 
-    While a training process lives, it writes what the policy tells it. Where none does, the next
-    attempt would still find the pause that stopped the last one. OSError: it cannot be written.
+    While a training process lives, its helper writes what the policy says. Where none does, the
+    next attempt would still find the pause that stopped the last one. OSError: no room, no right.
     """
-    path = folder / ACTIONS_FILE
+    files = RecordFiles(folder)
     deadline = time.monotonic() + _GRACE_S
-    while paused_by(folder) is not None:
-        if any(record.get("id") == action.id for record in read_lines(path)):
-            return False  # it is there, and a pause that came later holds
-        if time.monotonic() < deadline:
+    try:
+        while not files.lead():  # somebody lives who writes there
+            if action.id in files.seen or time.monotonic() >= deadline:
+                break
             time.sleep(0.05)
-            continue
-        line = json.dumps(action.to_dict(), separators=(",", ":"), allow_nan=False)
-        with open(path, "ab", buffering=0) as file:  # one write: whole lines beside other writers
-            file.write(f"\n{line}\n".encode())
-        break
+        else:
+            files.add(action)
+    finally:
+        files.close()
     return paused_by(folder) is None
 
 

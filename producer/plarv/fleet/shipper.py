@@ -17,7 +17,7 @@ from plarv_schemas.kafka_types import Sending
 from plarv_schemas.locks import FileLock
 from plarv_schemas.messages import Message, event_messages
 
-__all__ = ["SessionShipper"]
+__all__ = ["SessionShipper", "sessions_to_ship"]
 
 _SAVE_EVERY_S = 0.25
 _RETRY_S = 0.25  # between two tries to reach the brokers
@@ -202,3 +202,21 @@ class SessionShipper:
 
     def _count(self, cause: str) -> None:
         self.errors[cause] = self.errors.get(cause, 0) + 1
+
+
+def sessions_to_ship(folder: Path) -> List[Tuple[int, str]]:
+    """(rank, session) of the training processes with a journal in the folder, the oldest first.
+
+    An operator's local orders are left out: a fleet's are signed and go another way.
+    """
+    found: List[Tuple[int, int, str]] = []
+    for session, files in segments_of(folder).items():
+        if files[0].rank >= 0:
+            reader = SessionReader(folder, files[0].rank, session, files[0].segment)
+            try:
+                found.append((reader.started_ns(), files[0].rank, session))
+            except (OSError, ValueError):  # shipping it says why
+                found.append((0, files[0].rank, session))
+            finally:
+                reader.close()
+    return [(rank, session) for _, rank, session in sorted(found)]
