@@ -18,7 +18,7 @@ from measure import ROOT
 __all__ = ["Child", "Package", "clean_environment", "our_package"]
 
 _SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
-_WORKLOADS = str(Path(__file__).resolve().parent / "workloads.py")
+_HERE = Path(__file__).resolve().parent
 _END_S = 20.0
 
 # For glibc: gradients that come and go must not go back to the system, or a step takes a third
@@ -36,15 +36,15 @@ class Package(NamedTuple):
 
 
 class Child:
-    """One process with one workload of ``workloads.py``, in a folder of its own."""
+    """One process with one workload of ``script``, in a folder of its own."""
 
-    def __init__(self, package: Package, workload: str) -> None:
+    def __init__(self, package: Package, workload: str, script: str = "workloads.py") -> None:
         self.package = package
         self._folder = tempfile.mkdtemp(prefix="argus-benchmark-")
         self._errors = Path(self._folder) / "stderr.txt"
         with open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(
-                [package.python, _WORKLOADS, workload, *_torch_paths(package, workload)],
+                [package.python, str(_HERE / script), workload, *_torch_paths(package, workload)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -55,14 +55,23 @@ class Child:
 
     def ask(self, method: str = "run", **given: Any) -> Any:
         """What the workload's ``method(**given)`` gives. RuntimeError: the child died, and why."""
+        self.tell(method, **given)
+        return self.answer()
+
+    def tell(self, method: str, **given: Any) -> None:
+        """Begins ``method(**given)``."""
         process = self._process
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps([method, given]) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # its errors tell more, below
+            pass  # its errors tell more, in answer()
+
+    def answer(self) -> Any:
+        """What the method begun last gives. RuntimeError: the child died, and why."""
+        process = self._process
+        assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
             status = process.wait()

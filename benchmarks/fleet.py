@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple
 
 from children import our_package
-from local_broker import LocalBroker
+from measure import ROOT
 from plarv_processors.kafka_topics import create_topics
 from plarv_schemas.events import ControlEvent, Event, StepEvent
 from plarv_schemas.kafka_clients import partition_of, producer_client
@@ -28,11 +29,17 @@ from plarv_schemas.kafka_connection import Connection, connect_to
 from plarv_schemas.messages import Message, event_messages
 from plarv_schemas.topics import MAX_MESSAGE_BYTES, Topics
 
+sys.path.insert(0, str(ROOT / "deploy" / "local-broker"))
+
+from local_broker import LocalBroker
+
 __all__ = [
     "MASTER_KEY",
     "PACKED",
     "Fleet",
+    "LocalBroker",
     "Worker",
+    "add_brokers",
     "log_of",
     "names_in",
     "open_fleet",
@@ -162,7 +169,8 @@ class Fleet:
         count = 0
         options = {"linger_ms": 20, "batch_size": MAX_MESSAGE_BYTES, "compression_type": "lz4"}
         with producer_client(self.connection, **options) as producer:
-            for count, message in enumerate(messages, start=1):
+            for message in messages:
+                count += 1
                 producer.send(
                     topics.steps, key=message.key, value=message.value, headers=message.headers
                 )
@@ -183,6 +191,16 @@ def open_fleet(brokers: str) -> Generator[Fleet, None, None]:
         if own is not None:
             own.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_brokers(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--brokers``."""
+    parser.add_argument(
+        "--brokers",
+        default=os.environ.get("ARGUS_TEST_BROKERS", ""),
+        metavar="HOST:PORT",
+        help="default: ARGUS_TEST_BROKERS, else a broker of its own (Java 17, Maven)",
+    )
 
 
 def names_in(wanted: Sequence[int], partitions: int, count: int) -> List[str]:

@@ -40,7 +40,9 @@ def fleet_rows(fleet: Fleet, quick: bool) -> Iterator[Row]:
 def wire_bytes(fleet: Fleet, steps: int) -> Iterator[Row]:
     """Of the log's record batches, each with one message, as an unhurried shipper sends them."""
     topics = fleet.topics(1)
-    messages = packed(log_of("gpt-125m-20261123-101500-4f2a", steps))[1:]  # a run id of usual length
+    messages = packed(log_of("gpt-125m-20261123-101500-4f2a", steps))[
+        1:
+    ]  # a run id of usual length
     before = _log_bytes(fleet, topics)
     options = {"compression_type": "lz4", "batch_size": MAX_MESSAGE_BYTES}
     with producer_client(fleet.connection, **options) as producer:
@@ -104,7 +106,7 @@ def worker_speed(fleet: Fleet, steps: int) -> Iterator[Row]:
 
 
 def worker_restart(fleet: Fleet, runs: int, times: int) -> Iterator[Row]:
-    """kill -9 with many open runs: from the start of the process that follows to the first verdict,
+    """Kill -9 with many open runs: from the start of the process that follows to the first verdict,
     on the first step of a run that nobody knew.
     """
     topics = fleet.topics(_PARTITIONS)
@@ -258,9 +260,11 @@ def _log_bytes(fleet: Fleet, topics: Topics, topic: str = "") -> int:
         answer: Any = admin.describe_log_dirs()
     finally:
         admin.close()
-    return _sum_sizes(answer, topic or topics.steps)
-
-
-def _sum_sizes(answer: Any, topic: str) -> int:
-    data = answer.to_dict() if hasattr(answer, "to_dict") else answer
-    raise NotImplementedError(repr(data)[:2000])
+    wanted = topic or topics.steps
+    sizes: Dict[int, int] = {}  # of each partition: the copies on other brokers are the same
+    for broker in answer:
+        for folder in broker["log_dirs"]:
+            for held in folder["topics"]:
+                for each in held["partitions"] if held["name"] == wanted else ():
+                    sizes[each["partition_index"]] = int(each["partition_size"])
+    return sum(sizes.values())

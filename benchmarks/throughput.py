@@ -1,9 +1,11 @@
 """How fast the engine judges, and how large its state is.
 
-    python benchmarks/throughput.py [--json FILE] [--quick]
+    python benchmarks/throughput.py [--json FILE] [--quick] [--kafka [--brokers HOST:PORT]]
 
 One thread, since the fold is a pure function; events are made before the clock starts. Times are
 CPU times of the process: what one core gives.
+--kafka measures a fleet's worker instead, on a Kafka of its own unless --brokers or
+ARGUS_TEST_BROKERS names one. Those times are the clock's, all processes on this machine.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
+from fleet import add_brokers, open_fleet
+from fleet_throughput import fleet_rows
 from measure import Progress, Row, arguments, at_least, at_most, finish, information, median
 from plarv_processors.detectors import BUILTIN
 from plarv_processors.engine import Engine, EngineConfig
@@ -36,8 +40,17 @@ _BOTH = 3  # HAS_LOSS | HAS_GRAD_NORM
 
 def main() -> None:
     """Measures every row, prints the table, writes the JSON."""
-    options = arguments(__doc__, "throughput").parse_args()
+    parser = arguments(__doc__, "throughput")
+    parser.add_argument("--kafka", action="store_true", help="measure a fleet's worker instead")
+    add_brokers(parser)
+    options = parser.parse_args()
     load_before = os.getloadavg()[0]
+    if options.kafka:
+        with open_fleet(options.brokers) as fleet:
+            rows = fleet_rows(fleet, options.quick)
+            path = options.json.with_name(f"{options.json.stem}_kafka.json")
+            finish("throughput --kafka", rows, path, quick=options.quick, load_before=load_before)
+        return
     count = 10_000 if options.quick else 50_000
     repeats = 2 if options.quick else _REPEATS
     scalars = healthy_run(count)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import Any, Dict, List, Tuple, Type
+from functools import lru_cache
+from typing import Any, Dict, List, Sequence, Tuple, Type
 
 __all__ = ["dump", "pack", "restore", "unpack"]
 
@@ -21,14 +22,26 @@ _PLAIN = (type(None), bool, int, float, str, bytes)
 _HELD: Tuple[type, ...] = (*_PLAIN, array, tuple, list, dict)
 
 
-def _state_names(obj: object) -> List[str]:
-    derived = _STATIC.union(getattr(type(obj), "_derived", ()))
+def _state_names(obj: object) -> Sequence[str]:
+    cls: Any = type(obj)
+    names = _slot_names(cls)
+    if not hasattr(obj, "__dict__"):
+        return names
+    derived = _STATIC.union(getattr(cls, "_derived", ()))
+    own = [name for name in obj.__dict__ if name not in derived and not name.startswith("__")]
+    return sorted({*names, *own})
+
+
+@lru_cache(maxsize=None)
+def _slot_names(cls: type) -> Tuple[str, ...]:
+    """The state in a class's slots, sorted: asked for with every object, and always the same."""
+    derived = _STATIC.union(getattr(cls, "_derived", ()))
     names: List[str] = []
-    for cls in type(obj).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
         names.extend([slots] if isinstance(slots, str) else slots)
-    names.extend(getattr(obj, "__dict__", ()))
-    return sorted({name for name in names if name not in derived and not name.startswith("__")})
+    kept = {name for name in names if name not in derived and not name.startswith("__")}
+    return tuple(sorted(kept))
 
 
 def dump(obj: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Callable, Dict, Generator, Optional, Union
 
+from plarv_schemas.credential_check import refusal
 from plarv_schemas.kafka_connection import RECONNECT_MAX_MS, Connection
 from plarv_schemas.kafka_types import Admin, Consumer, Place, Producer
 
@@ -40,7 +42,10 @@ class RefusedError(BrokerError):
 def require_kafka(module: str = "kafka") -> ModuleType:
     """kafka-python, or one of its modules. ImportError says which extra brings it."""
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            # It reads its schemas in a way that Python 3.11 finds old: not for our callers to hear.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
             "this needs kafka-python: pip install 'plarv-argus-sdk[kafka]'"
@@ -148,6 +153,10 @@ def _open(client: Callable[..., Any], connection: Connection, reach_s: float, mo
         "reconnect_backoff_max_ms": RECONNECT_MAX_MS,
         **more,
     }
+    why = refusal(connection, reach_s)
+    if why is not None:
+        where = ", ".join(connection.brokers)
+        raise RefusedError(f"the brokers at {where} refuse the credentials ({why})")
     return client(**options)
 
 

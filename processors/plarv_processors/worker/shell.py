@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -128,6 +129,8 @@ class Shell:
             return  # rebalanced meanwhile: Faust calls again
         self.lanes = {**self.lanes, **fresh}
         await self.installed()
+        gc.collect()
+        gc.freeze()  # states live long: looking through them all again would be a pause for nothing
         self.health.rebuilding(self._label, False)
         self.health.rebuilt(self._label, len(at), time.monotonic() - began)
 

@@ -60,7 +60,10 @@ class Watchdog:
         since = 0.0
         while True:
             time.sleep(_LOOK_S)
-            doing, spent = self._doing, time.clock_gettime(self._clock)
+            try:
+                doing, spent = self._doing, time.clock_gettime(self._clock)
+            except OSError:
+                return  # the thread has ended
             if doing is None or doing is not seen:
                 seen, since = doing, spent
             elif spent - since >= self._hang_s:

@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         orders,
         replay,
         runs,
+        sync,
         topics,
         worker,
     )
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         export,
         runs,
         orders,
+        sync,
         worker,
         topics,
         actions,
