@@ -86,6 +86,7 @@ def verdict_latency(fleet: Fleet, topics: Topics, steps: int) -> Iterator[Row]:
     run_id = "benchmark-verdicts"
     arrived: Dict[int, float] = {}
     with _trainer(fleet, topics, "paced", run_id) as child:
+        first = len(child.ask(count=10, per_s=_PER_S))  # it has begun
         child.tell("run", count=steps, per_s=_PER_S)
         until = time.monotonic() + steps / _PER_S + _WARM_S
         with open_topic(fleet.connection, topics.verdicts) as reader:
@@ -101,9 +102,9 @@ def verdict_latency(fleet: Fleet, topics: Topics, steps: int) -> Iterator[Row]:
                 if now > until:
                     break
             bar.close()
-        called: List[float] = child.answer()
-    begin = called[0] + _WARM_S
-    taken = [1e3 * (at - called[step]) for step, at in arrived.items() if called[step] > begin]
+        called = dict(enumerate(child.answer(), start=first))
+    begin = called[first] + _WARM_S
+    taken = [1e3 * (at - called[n]) for n, at in arrived.items() if called.get(n, 0.0) > begin]
     yield from _latency_rows(f"step() to verdict on the topic, {_PER_S:g} steps/s", taken, 30, 100)
 
 
@@ -198,6 +199,8 @@ def outage(fleet: Fleet, topics: Topics, broker: LocalBroker, around_s: float) -
     with ExitStack() as stack:
         children = [stack.enter_context(_trainer(fleet, topics, "paced", n)) for n in names]
         steps = int((2 * around_s + _OUTAGE_S + 5.0) * _PER_S)
+        for child in children:
+            child.ask(count=10, per_s=_PER_S)  # all have begun
         for child in children:
             child.tell("run", count=steps, per_s=_PER_S)
         time.sleep(around_s)

@@ -324,7 +324,8 @@ def open_session(
         settings.number(name)
     identity = discover(wanted)
     fleet = _fleet(given, identity.run_id, mode)
-    refuse_if_paused(identity.run_id)
+    if fleet is None:  # a fleet may have lifted the pause meanwhile: it is asked first
+        refuse_if_paused(identity.run_id)
     world_size = identity.local_world_size if fleet is None else identity.world_size
     home = open_home(identity, secrets.token_hex(8), world_size)
     if home is None:

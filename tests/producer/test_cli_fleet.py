@@ -411,6 +411,7 @@ def test_dead_letters_are_listed_and_sent_again_where_they_came_from(
     letters = [letter(fleet, b"run-%d" % n, b"value-%d" % n, n) for n in range(3)]
     places = fleet.put(fleet.topics.dead_letters, [*letters, letters[1]])
     code, out, _ = argus("dlq", "list", "--json")
+    assert argus("dlq", "--json", "--brokers", fleet.address, "list")[1] == out
     listed = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert sorted(each["key"] for each in listed) == ["run-0", "run-1", "run-2"]  # a copy is one

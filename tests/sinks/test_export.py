@@ -12,6 +12,7 @@ import pytest
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import StoredFold
 from plarv_schemas import arrow
+from plarv_schemas.events import Verdict
 from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_sinks import export as export_module
@@ -102,6 +103,24 @@ def test_an_export_replays_to_the_verdicts_and_actions_of_the_run(
     assert [row["id"] for row in rows(tmp_path / "out", "verdicts")] == [
         verdict["id"] for verdict in verdicts
     ]
+
+
+def test_a_detector_that_was_left_out_is_not_called_when_the_export_is_replayed(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    writer = JournalWriter(
+        run_dir, run_id="run", session="f" * 16, rank=-1, world_size=0, segment_bytes=1 << 14
+    )
+    note = {"detector": "loss_spike", "ordinal": 50}  # it comes long after what it is about
+    assert writer.control("detector_left_out", step=None, rank=None, data=note)
+    writer.close()
+    exported = export(run_dir, tmp_path / "out", tell=print).folder
+    engine = engine_for(exported, EngineConfig(), print)
+    found = {
+        f.detector for f in replay(read_events(exported, print), engine) if isinstance(f, Verdict)
+    }
+    assert found
+    assert "loss_spike" not in found
 
 
 def test_steps_alone_replay_too_and_verdicts_alone_are_turned_away(

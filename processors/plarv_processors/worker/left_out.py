@@ -24,7 +24,7 @@ def from_json(value: bytes) -> LeftOut:
         return LeftOut(
             str(data["run_id"]), str(data["detector"]), int(data["partition"]), int(data["offset"])
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(f"not a note of a detector that hung: {error!r}") from error
 
 

@@ -27,10 +27,11 @@ class Fleet(NamedTuple):
         return ", ".join(self.connection.brokers)
 
 
-def add_broker_option(parser: Any) -> None:
-    """``--brokers``."""
+def add_broker_option(parser: Any, **more: Any) -> None:
+    """``--brokers``; ``more`` goes to argparse."""
     parser.add_argument(
         "--brokers",
+        **more,
         metavar="HOST:PORT,...",
         help="the fleet's Kafka brokers (default: ARGUS_BROKERS)",
     )

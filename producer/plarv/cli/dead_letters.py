@@ -39,8 +39,9 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(command=_list)
     parts = parser.add_subparsers(title="commands", metavar="COMMAND")
     listed = parts.add_parser("list", help="list them (the default)", description="Lists them.")
-    listed.add_argument("--json", action="store_true", help="one JSON object a line")
-    add_broker_option(listed)
+    as_above = {"default": argparse.SUPPRESS}  # what was given before the part's name stands
+    listed.add_argument("--json", action="store_true", help="one JSON object a line", **as_above)
+    add_broker_option(listed, **as_above)
     listed.set_defaults(command=_list)
     send = parts.add_parser(
         "send",
@@ -49,7 +50,7 @@ def add_to(commands: Any) -> None:
     )
     send.add_argument("letters", nargs="*", metavar="PARTITION:OFFSET", help="as listed")
     send.add_argument("--all", action="store_true", help="all that were not sent again yet")
-    add_broker_option(send)
+    add_broker_option(send, **as_above)
     send.set_defaults(command=_send)
 
 

@@ -157,7 +157,7 @@ def _detectors(
 def _wait_for_topics(connection: Connection, topics: Topics, partitions: Optional[int]) -> None:
     """Makes the topics where there are none; waits for brokers that are not up yet."""
     from plarv_processors.kafka_topics import TopicsError, check_topics, create_topics
-    from plarv_schemas.kafka_clients import BrokerError
+    from plarv_schemas.kafka_clients import BrokerError, RefusedError
     from plarv_schemas.topics import DEFAULT_PARTITIONS
 
     said = False
@@ -167,9 +167,9 @@ def _wait_for_topics(connection: Connection, topics: Topics, partitions: Optiona
             count = check_topics(connection, topics)
         except TopicsError as error:
             raise Complaint(str(error), 1) from error
+        except RefusedError as error:
+            raise Complaint(str(error), 1) from error
         except BrokerError as error:
-            if "refuse" in str(error) or "allow" in str(error):
-                raise Complaint(str(error), 1) from error
             if not said:
                 tell(f"{error}; waiting for them")
                 said = True

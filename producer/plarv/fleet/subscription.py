@@ -99,6 +99,7 @@ class Subscription:
             self.poll()
             if time.monotonic() > until:
                 raise BrokerError("the brokers gave nothing in time")
+        self._note(True)
 
     def poll(self) -> int:
         """Takes in what is there; waits up to 0.1 s where nothing is. How much was the run's.

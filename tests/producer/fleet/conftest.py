@@ -11,9 +11,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def fleet(
-    broker_address: str, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> TopicsOnTest:
+def fleet(broker_address: str, topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> TopicsOnTest:
     from tests.fleets import TopicsOnTest
 
     monkeypatch.setenv("ARGUS_TOPIC_PREFIX", topic_prefix)

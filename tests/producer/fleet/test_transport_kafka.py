@@ -291,12 +291,13 @@ def test_what_was_sent_while_nobody_ran_holds_the_next_attempt(fleet: TopicsOnTe
     fleet.put(fleet.topics.actions, [signed(pause), signed(pause, "another master key")])
     with pytest.raises(ArgusPause, match="paused at step 0"):
         auto()
+    count = sum(len(message) for message in arrived(fleet, RUN))
+    assert count == len(journal_of(folder_of(first)))  # what never began left nothing
     resume = action_for(first, "RESUME", ordinal=9)
     fleet.put(fleet.topics.actions, [signed(resume)])
-    with pytest.raises(ArgusPause):  # what it knows without a broker says so; it asks none
-        auto()
-    assert len(arrived(fleet, RUN)) == len(journal_of(folder_of(first)))
-    assert not list(folder_of(first).glob("*.journal"))[1:]  # what never began left nothing
+    second = auto()  # lifted at another machine, which cannot write into this folder
+    second.step(2.0)
+    second.complete()
 
 
 def test_of_the_past_nothing_is_applied(fleet: TopicsOnTest) -> None:
@@ -504,11 +505,11 @@ def test_two_ranks_of_a_node_each_ship_and_one_of_them_writes_the_records(
 def test_shipped_segments_make_room_for_new_ones(
     fleet: TopicsOnTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ARGUS_JOURNAL_MAX_MB", "8")
+    monkeypatch.setenv("ARGUS_JOURNAL_MAX_MB", "4")
     argus = Argus(run_id=RUN)
     session = argus._session
     assert session is not None
-    for number in range(300_000):
+    for number in range(100_000):
         argus.step(2.0, 1.0)
         if number % 2000 == 0:
             time.sleep(0.01)  # a loop without a pause is quicker than any shipper
@@ -516,9 +517,9 @@ def test_shipped_segments_make_room_for_new_ones(
     argus.complete()
     assert session.writer.lost == 0
     assert not (folder_of(argus) / f"r00000-{session.writer.session}-000000.journal").exists()
-    until(lambda: sum(len(message) for message in arrived(fleet, RUN)) >= 300_002)
+    until(lambda: sum(len(message) for message in arrived(fleet, RUN)) >= 100_002)
     events = [event for message in arrived(fleet, RUN) for event in message]
-    assert [event.record for event in events] == list(range(300_002))
+    assert [event.record for event in events] == list(range(100_002))
 
 
 def test_without_brokers_the_fleet_costs_no_import(tmp_path: Path) -> None:
