@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import List
+from typing import List, Mapping, Set
 
 import pytest
 
@@ -14,10 +15,26 @@ from plarv_processors.kafka_topics import (
     describe_topics,
 )
 from plarv_schemas.kafka_clients import admin_client, producer_client
-from plarv_schemas.kafka_connection import connect_to
+from plarv_schemas.kafka_connection import Connection, connect_to
 from plarv_schemas.topics import Topics, topic_settings
 
 pytest.importorskip("kafka")
+
+
+def _make(connection: Connection, partitions: Mapping[str, int]) -> None:
+    """Creates topics as anybody might, and waits until the brokers' metadata shows them."""
+    wanted = {
+        name: {"num_partitions": count, "replication_factor": 1}
+        for name, count in partitions.items()
+    }
+    with admin_client(connection) as admin:
+        admin.create_topics(wanted)
+        until = time.monotonic() + 60.0
+        shown: Set[str] = set()
+        while shown != set(partitions):
+            assert time.monotonic() < until
+            described = admin.describe_topics(list(partitions))
+            shown = {each["name"] for each in described if each.get("partitions")}
 
 
 def test_topics_are_created_once_and_found_again(broker_address: str, topic_prefix: str) -> None:
@@ -34,8 +51,7 @@ def test_those_that_are_missing_get_as_many_partitions_as_the_others(
     broker_address: str, topic_prefix: str
 ) -> None:
     connection, topics = connect_to(broker_address), Topics(topic_prefix)
-    with admin_client(connection) as admin:
-        admin.create_topics({topics.steps: {"num_partitions": 2, "replication_factor": 1}})
+    _make(connection, {topics.steps: 2})
     assert topics.steps not in create_topics(connection, topics, 7)
     assert check_topics(connection, topics) == 2
 
@@ -54,10 +70,8 @@ def test_what_is_missing_or_differs_is_said(broker_address: str, topic_prefix: s
     connection, topics = connect_to(broker_address), Topics(topic_prefix)
     with pytest.raises(TopicsError, match=rf"{topics.steps}, .* are missing: `argus topics create"):
         check_topics(connection, topics)
-    with admin_client(connection) as admin:
-        for number, name in enumerate(topics.all()):
-            partitions = 2 if name == topics.verdicts else 1 + 4 * (number == 6)
-            admin.create_topics({name: {"num_partitions": partitions, "replication_factor": 1}})
+    differing = {topics.verdicts: 2, topics.dead_letters: 5}
+    _make(connection, {name: differing.get(name, 1) for name in topics.all()})
     with pytest.raises(TopicsError, match=f"differ in .*{topics.verdicts} 2") as error:
         check_topics(connection, topics)
     assert topics.dead_letters not in str(error.value)  # it may differ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any, Dict, Iterable, Tuple
 
 from plarv_processors.worker.topic_ranges import begin_offsets, end_offsets, read_ranges
@@ -10,6 +11,8 @@ from plarv_schemas.messages import LeftOut
 from plarv_schemas.topics import Topics
 
 __all__ = ["from_json", "read_left_out", "to_json"]
+
+_log = logging.getLogger("plarv.worker")
 
 
 def to_json(note: LeftOut) -> bytes:
@@ -43,7 +46,11 @@ async def read_left_out(
         for record in records:
             if record.value is None:
                 continue
-            note = from_json(record.value)
+            try:
+                note = from_json(record.value)
+            except ValueError as error:
+                _log.error("%s offset %d: %s", topics.left_out, record.offset, error)
+                continue
             place = (note.run_id, note.detector)
             if place not in found or note.offset < found[place].offset:
                 found[place] = note

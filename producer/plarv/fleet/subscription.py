@@ -91,7 +91,8 @@ class Subscription:
         BrokerError: they cannot be reached in time, or refuse us, or lack a topic.
         """
         until = time.monotonic() + reach_s
-        self._connect(reach_s)
+        if self._consumer is None:
+            self._connect(reach_s)
         self._lead()
         if not self._subscriber.begin:
             self._seen.update(dict.fromkeys(self._files.seen))
