@@ -7,7 +7,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Callable, Dict, Generator, Optional, Union
+from typing import Any, Callable, Dict, Generator, List, Mapping, Optional, Union
 
 from plarv_schemas.credential_check import refusal
 from plarv_schemas.kafka_connection import RECONNECT_MAX_MS, Connection
@@ -146,18 +146,32 @@ def quiet_kafka_log() -> None:
     logger.propagate = False
 
 
-def _open(client: Callable[..., Any], connection: Connection, reach_s: float, more: Any) -> Any:
+def _open(kind: Any, connection: Connection, reach_s: float, more: Mapping[str, Any]) -> Any:
+    """A client of this kind. One that fails to reach a broker leaves no socket open behind it."""
+    inner: Callable[..., Any] = kind.DEFAULT_CONFIG["kafka_client"]
+    made: List[Any] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        made.append(inner(*arguments, **options))
+        return made[-1]
+
     options: Dict[str, Any] = {
         **connection.client_options(),
         "bootstrap_timeout_ms": int(1000 * reach_s),
         "reconnect_backoff_max_ms": RECONNECT_MAX_MS,
+        "kafka_client": noted,
         **more,
     }
     why = refusal(connection, reach_s)
     if why is not None:
         where = ", ".join(connection.brokers)
         raise RefusedError(f"the brokers at {where} refuse the credentials ({why})")
-    return client(**options)
+    try:
+        return kind(**options)
+    except BaseException:
+        for client in made:
+            client.close()
+        raise
 
 
 @contextmanager

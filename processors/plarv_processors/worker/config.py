@@ -30,7 +30,7 @@ class WorkerConfig:
     name: str = "worker"  # stays the same over restarts; no two workers have the same
     state_dir: Path = Path(".argus/worker")
     snapshot_s: float = 10.0  # between two rounds of snapshots, at least
-    watermark_s: float = 0.05  # between two watermarks of a partition while steps flow
+    watermark_s: float = 0.025  # between two watermarks of a partition while steps flow
     silent_after_s: float = 3600.0  # without a word, a session counts as ended
     hang_s: float = 20.0  # of CPU time in one call of a detector: then it hangs
     metrics_port: Optional[int] = None  # on metrics_host; 0: a free one; None: no server

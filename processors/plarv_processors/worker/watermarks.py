@@ -23,7 +23,7 @@ _HURRY_STEPS = 15
 
 
 class Watermarks:
-    """One small record for all detectors: every 50 ms while steps flow, once a second when idle.
+    """One small record for all detectors: every 25 ms while steps flow, once a second when idle.
 
     After a verdict it goes out as soon as every detector has passed the verdict's message, so that
     the policy need not wait.

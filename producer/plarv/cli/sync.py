@@ -13,6 +13,7 @@ from plarv.cli.brokers import Fleet, add_broker_option, fleet_of, told
 from plarv.cli.complaint import Complaint, tell
 from plarv_schemas.kafka_clients import BrokerError
 from plarv_schemas.run_log import is_run_dir
+from plarv_schemas.topic_reader import open_topic
 
 if TYPE_CHECKING:
     from plarv.fleet.shipper import SessionShipper
@@ -90,7 +91,8 @@ def _sync_run(folder: Path, fleet: Fleet) -> _Synced:
     events = messages = held = 0
     problems: List[str] = []
     try:
-        link.open()
+        with open_topic(fleet.connection, fleet.topics.steps):
+            link.open()
         for rank, session in sessions:
             shipper = SessionShipper(folder.absolute(), rank, session, fleet.topics.steps, link)
             if not shipper.acquire():

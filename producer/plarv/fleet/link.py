@@ -16,6 +16,7 @@ __all__ = ["Link"]
 _FOR_EVER_MS = 2**31 - 1  # an outage is waited out: a batch that were given up would leave a hole
 _REACH_S = 3.0
 _METADATA_MS = 3000
+_JOIN_S = 1.0
 _REQUEST_MS = 10_000  # a broker that accepts and never answers is left after that
 
 
@@ -76,6 +77,7 @@ class Link:
         producer, self._producer = self._producer, None
         if producer is not None:
             _stop(producer)
+            _forget(producer)
 
     def _answered(self, producer: Producer, sending: Sending) -> None:
         if sending.exception is not None:
@@ -86,3 +88,10 @@ class Link:
 def _stop(producer: Any) -> None:
     """Ends the producer's thread without a wait; close() would wait for what is on its way."""
     producer._sender.force_close()
+
+
+def _forget(producer: Any) -> None:
+    """Waits until its thread has closed the sockets, and keeps it from flushing when collected."""
+    producer._sender.join(_JOIN_S)
+    producer._unregister_cleanup()
+    producer._closed = True

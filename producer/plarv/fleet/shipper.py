@@ -131,6 +131,7 @@ class SessionShipper:
 
     def _begin(self) -> None:
         """Reads from the acknowledged position on, or where the journal begins by now."""
+        self.at_end = False
         self._packer.clear()
         self._marks.clear()
         self._sent.clear()

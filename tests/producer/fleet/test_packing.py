@@ -38,6 +38,11 @@ def test_a_quick_link_and_a_slow_loop_make_one_step_a_message() -> None:
     assert set(simulated(step_s=0.01, round_trip_s=0.003)) == {1}
 
 
+def test_a_quick_loop_packs_what_8_ms_bring() -> None:
+    sizes = simulated(step_s=0.001, round_trip_s=0.0005)
+    assert set(sizes[2:-1]) <= {7, 8, 9}
+
+
 def test_a_slow_link_packs_what_a_round_trip_brings() -> None:
     sizes = simulated(step_s=0.01, round_trip_s=0.1)
     assert 9 <= sum(sizes[2:-1]) / len(sizes[2:-1]) <= 11
@@ -61,10 +66,10 @@ def test_long_events_fill_a_message_by_their_bytes() -> None:
         packer.add(step(number, sample_losses=long), 0.0)
     sent: List[List[Event]] = []
     while packer.waiting:
-        events = packer.take(1.0)
+        events = packer.take(1.0 + len(sent))
         assert events
         sent.append(events)
-        packer.acknowledged(1.0)
+        packer.acknowledged(1.0 + len(sent))
     assert len(sent) > 2
     for events in sent:  # none had to be cut in two
         (message,) = event_messages(events)
