@@ -22,6 +22,8 @@ OPTIONAL = (
 )  # fmt: skip
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 
+BROKERS = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose their ARGUS_*
+
 _left_out: Dict[str, List[str]] = {}
 
 if "hypothesis" not in MISSING:
@@ -51,7 +53,7 @@ def broker_address() -> Iterator[str]:
     """A real Kafka, host:port, started when the first test asks for it. Use a ``topic_prefix``."""
     from tests.brokers import find_broker
 
-    broker = find_broker()
+    broker = find_broker(BROKERS)
     yield broker.address
     broker.stop()
 

@@ -156,7 +156,9 @@ class Fleet:
         }
 
     @contextlib.contextmanager
-    def worker(self, topics: Topics, *options: str, name: str = "w1") -> Iterator[Worker]:
+    def worker(
+        self, topics: Topics, *options: str, name: str = "w1"
+    ) -> Generator[Worker, None, None]:
         """A worker while the context lasts."""
         worker = Worker(self, topics, name, options)
         try:
@@ -167,7 +169,11 @@ class Fleet:
     def produce(self, topics: Topics, messages: Iterator[Message]) -> int:
         """Sends messages as the shipper does, but many at once; their number."""
         count = 0
-        options = {"linger_ms": 20, "batch_size": MAX_MESSAGE_BYTES, "compression_type": "lz4"}
+        options: Dict[str, Any] = {
+            "linger_ms": 20,
+            "batch_size": MAX_MESSAGE_BYTES,
+            "compression_type": "lz4",
+        }
         with producer_client(self.connection, **options) as producer:
             for message in messages:
                 count += 1

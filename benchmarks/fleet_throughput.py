@@ -33,25 +33,14 @@ def fleet_rows(fleet: Fleet, quick: bool) -> Iterator[Row]:
     """Every row of ``--kafka``."""
     yield from wire_bytes(fleet, PACKED * (32 if quick else 320))
     yield from worker_speed(fleet, PACKED * (10 if quick else 50))
+    yield from single_steps(fleet, 40 if quick else 120)
     yield from worker_restart(fleet, 200 if quick else 1_000, 1 if quick else _TIMES)
     yield from worker_memory(fleet, 1_000 if quick else 10_000)
 
 
 def wire_bytes(fleet: Fleet, steps: int) -> Iterator[Row]:
     """Of the log's record batches, each with one message, as an unhurried shipper sends them."""
-    topics = fleet.topics(1)
-    messages = packed(log_of("gpt-125m-20261123-101500-4f2a", steps))[
-        1:
-    ]  # a run id of usual length
-    before = _log_bytes(fleet, topics)
-    options = {"compression_type": "lz4", "batch_size": MAX_MESSAGE_BYTES}
-    with producer_client(fleet.connection, **options) as producer:
-        for message in messages:
-            producer.send(
-                topics.steps, key=message.key, value=message.value, headers=message.headers
-            ).get(30.0)
-    size = (_log_bytes(fleet, topics) - before) / steps
-    plain = sum(len(message.value) for message in messages) / steps
+    size, plain = _wire_bytes(fleet, steps, PACKED)
     yield at_most(
         f"bytes a step on the wire, {PACKED} a message",
         f"{size:.1f} B (Arrow without lz4 {plain:.1f})",
@@ -59,8 +48,24 @@ def wire_bytes(fleet: Fleet, steps: int) -> Iterator[Row]:
         80.0,
         "B",
         uncompressed=plain,
-        messages=len(messages),
     )
+    size, plain = _wire_bytes(fleet, steps // PACKED, 1)
+    measured = f"{size:,.0f} B (Arrow without lz4 {plain:,.0f})"
+    yield information("   one a message", measured, value=size, unit="B", uncompressed=plain)
+
+
+def _wire_bytes(fleet: Fleet, steps: int, together: int) -> Tuple[float, float]:
+    """Bytes a step, and those before compression."""
+    topics = fleet.topics(1)
+    messages = packed(log_of("gpt-125m-20261123-101500-4f2a", steps), together)[1:]
+    options: Dict[str, Any] = {"compression_type": "lz4", "batch_size": MAX_MESSAGE_BYTES}
+    with producer_client(fleet.connection, **options) as producer:
+        for message in messages:
+            producer.send(
+                topics.steps, key=message.key, value=message.value, headers=message.headers
+            ).get(30.0)
+    plain = sum(len(message.value) for message in messages)
+    return _log_bytes(fleet, topics) / steps, plain / steps
 
 
 def worker_speed(fleet: Fleet, steps: int) -> Iterator[Row]:
@@ -77,8 +82,8 @@ def worker_speed(fleet: Fleet, steps: int) -> Iterator[Row]:
     with fleet.worker(topics) as worker:
         found = _catch_up(worker, total, "a worker's speed")
     engine.append(_engine_us(sample))
-    pure = median(engine)
-    step_us = found["step_us"]
+    pure, pure_cpu = (median([each[place] for each in engine]) for place in (0, 1))
+    step_us, cpu_us = found["step_us"], found["cpu_us"]
     load = os.getloadavg()[0]
     yield at_least(
         f"one worker, 12 detectors, {_RUNS} runs, {PACKED} steps a message",
@@ -92,16 +97,40 @@ def worker_speed(fleet: Fleet, steps: int) -> Iterator[Row]:
     )
     yield at_most(
         "   time a step beyond the pure engine",
-        f"{step_us - pure:.1f} us ({step_us:.1f} - {pure:.1f}; CPU {found['cpu_us']:.1f})",
+        f"{step_us - pure:.1f} us ({step_us:.1f} - {pure:.1f})",
         step_us - pure,
         22.0,
         "us",
         step_us=step_us,
         engine_us=pure,
-        engine_before_us=engine[0],
-        engine_after_us=engine[1],
-        cpu_us=found["cpu_us"],
+        engine_each=engine,
         folds_us=found["folds_us"],
+    )
+    yield information(
+        "   the same in CPU time, whoever else uses the machine",
+        f"{cpu_us - pure_cpu:.1f} us ({cpu_us:.1f} - {pure_cpu:.1f})",
+        value=cpu_us - pure_cpu,
+        unit="us",
+        cpu_us=cpu_us,
+        engine_cpu_us=pure_cpu,
+    )
+
+
+def single_steps(fleet: Fleet, steps: int) -> Iterator[Row]:
+    """The same worker where each message holds one step, as a quick link has them."""
+    topics = fleet.topics(_PARTITIONS)
+    names = names_in(range(_PARTITIONS), _PARTITIONS, _RUNS)
+    messages = [packed(log_of(name, steps), 1) for name in names]
+    fleet.produce(topics, chain.from_iterable(zip(*messages)))
+    with fleet.worker(topics) as worker:
+        found = _catch_up(worker, _RUNS * (steps + 1), "a worker's speed, single steps")
+    yield information(
+        f"one worker, 12 detectors, {_RUNS} runs, one step a message",
+        f"{1e6 / found['step_us']:,.0f} steps/s (CPU {found['cpu_us']:.0f} us a step)",
+        value=1e6 / found["step_us"],
+        unit="steps/s",
+        load=os.getloadavg()[0],
+        **found,
     )
 
 
@@ -172,16 +201,17 @@ def worker_memory(fleet: Fleet, runs: int) -> Iterator[Row]:
     )
 
 
-def _engine_us(logs: Sequence[Sequence[Event]]) -> float:
-    """Microseconds of the pure engine a step: wall-clock, as the worker's are."""
+def _engine_us(logs: Sequence[Sequence[Event]]) -> Tuple[float, float]:
+    """Microseconds of the pure engine a step, and of CPU time."""
     count = 0
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     for log in logs:
         fold = Engine(EngineConfig(detectors=BUILTIN)).fold
         for event in log:
             fold(event)
         count += len(log)
-    return (time.perf_counter() - begin) / count * 1e6
+    taken, cpu_taken = time.perf_counter() - begin, time.process_time() - cpu
+    return taken / count * 1e6, cpu_taken / count * 1e6
 
 
 def _catch_up(worker: Worker, total: int, what: str) -> Dict[str, float]:

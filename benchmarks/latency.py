@@ -102,7 +102,8 @@ def verdict_latency(fleet: Fleet, topics: Topics, steps: int) -> Iterator[Row]:
                 if now > until:
                     break
             bar.close()
-        called = dict(enumerate(child.answer(), start=first))
+        answer: List[float] = child.answer()
+    called = dict(enumerate(answer, start=first))
     begin = called[first] + _WARM_S
     taken = [1e3 * (at - called[n]) for n, at in arrived.items() if called.get(n, 0.0) > begin]
     yield from _latency_rows(f"step() to verdict on the topic, {_PER_S:g} steps/s", taken, 30, 100)
@@ -248,7 +249,7 @@ def _compared(
         if run_id in held:
             record = decode_verdict(value) if table == "verdicts" else decode_action(value)
             written[record.id] = record.to_dict()
-    counts = dict.fromkeys(("steps", "records", "wrong", "expected"), 0)
+    counts: Dict[str, int] = {"steps": 0, "records": 0, "wrong": 0, "expected": 0}
     for name, journal in journals.items():
         seen: Set[Tuple[str, int]] = {(event.session, event.record) for event in held[name]}
         counts["steps"] += sum((event.session, event.record) not in seen for event in journal)

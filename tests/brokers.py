@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Mapping, NoReturn, Protocol
 
 import pytest
 
 __all__ = ["Broker", "OwnBroker", "find_broker", "own_broker"]
 
-NAMED = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose their ARGUS_*
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "apache/kafka:4.1.1"
+CONTAINER_START_S = 90.0
 
 
 class Broker(Protocol):
@@ -39,28 +40,63 @@ class OwnBroker(Broker, Protocol):
 
 
 class _Named:
-    address = NAMED
+    def __init__(self, address: str) -> None:
+        self.address = address
 
     def stop(self) -> None:
         """It is not ours."""
 
 
 class _Docker:
-    def __init__(self) -> None:
-        from testcontainers.community.kafka import KafkaContainer
+    """Apache's image; testcontainers' own KafkaContainer starts Confluent's alone."""
 
-        self._container: Any = KafkaContainer(IMAGE).with_kraft()
+    def __init__(self) -> None:
+        from testcontainers.core.container import DockerContainer
+
+        port = local_broker().free_port()  # known beforehand: clients are told it
+        self._container: Any = DockerContainer(IMAGE).with_bind_ports(9092, port)
+        host = str(self._container.get_container_host_ip())
+        for name, value in container_settings(host, port).items():
+            self._container.with_env(name, value)
         self._container.start()
-        self.address = str(self._container.get_bootstrap_server())
+        try:
+            self._wait(host, port)
+        except BaseException:
+            self.stop()
+            raise
+        self.address = f"{host}:{port}"
+
+    def _wait(self, host: str, port: int) -> None:
+        until = time.monotonic() + CONTAINER_START_S
+        while not local_broker().answers(host, port):
+            if time.monotonic() > until:
+                said = b"\n".join(self._container.get_logs()).decode(errors="replace")
+                pytest.fail(f"{IMAGE} does not answer at {host}:{port}:\n{said[-2000:]}")
+            time.sleep(0.1)
 
     def stop(self) -> None:
         self._container.stop()
 
 
-def find_broker() -> Broker:
-    """A broker for the whole test run; a skip where none can be had, a failure with CI=true."""
-    if NAMED:
-        return _Named()
+def container_settings(host: str, port: int) -> Mapping[str, str]:
+    """What the image is told: the local broker's settings, reached as host:port from outside."""
+    settings = {
+        **local_broker().LocalBroker(Path("unused"), port=port).settings(),
+        "listeners": "PLAINTEXT://:9092,CONTROLLER://:9093",
+        "advertised.listeners": f"PLAINTEXT://{host}:{port}",
+        "controller.quorum.voters": "1@localhost:9093",
+        "log.dirs": "/var/lib/kafka/data",
+    }
+    return {f"KAFKA_{name.upper().replace('.', '_')}": value for name, value in settings.items()}
+
+
+def find_broker(named: str = "") -> Broker:
+    """A broker for the whole test run; a skip where none can be had, a failure with CI=true.
+
+    ``named``, where it is not empty, is the address of one that runs.
+    """
+    if named:
+        return _Named(named)
     if docker_answers():
         return _Docker()
     folder = Path(tempfile.mkdtemp(prefix="argus-broker-"))
@@ -102,7 +138,7 @@ def _local(folder: Path, **options: Any) -> OwnBroker:
     try:
         broker: OwnBroker = module.LocalBroker(folder, **options)
         broker.start()
-    except module.BrokerProblem as problem:
+    except module.BrokerUnavailable as problem:  # one that breaks is a failure, no skip
         _give_up(str(problem))
     return broker
 

@@ -1,6 +1,6 @@
 """A real Kafka without Docker: one node in KRaft mode, from its published jars. Java 17 and Maven.
 
-    python deploy/local-broker/local_broker.py [--port N] [--data DIR]
+    python deploy/local-broker/local_broker.py run [--port N] [--data DIR]
 
 runs until Ctrl-C. The jars (about 45 MB) are fetched once, by Maven as it is set up on this
 machine, into ~/.cache/argus. Tests and benchmarks use :class:`LocalBroker`.
@@ -9,7 +9,6 @@ machine, into ~/.cache/argus. Tests and benchmarks use :class:`LocalBroker`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
 import os
 import re
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-__all__ = ["BrokerProblem", "LocalBroker"]
+__all__ = ["BrokerProblem", "BrokerUnavailable", "LocalBroker", "answers", "free_port"]
 
 HERE = Path(__file__).resolve().parent
 KAFKA = "4.1.1"
@@ -31,17 +30,33 @@ CLUSTER = "MkU3OEVBNTcwNTJENDM2Qg"
 JAVA = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx512m"]
 START_S = 90.0
 STOP_S = 20.0
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+# Runs as a program of its own, and becomes Java: code between fork and exec may deadlock where
+# the caller has threads. 1 is PR_SET_PDEATHSIG; a parent that is gone already signals nothing.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+os.setpgid(0, 0)  # Ctrl-C is for the one who started it
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (AttributeError, OSError):
+    pass  # not Linux
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class BrokerProblem(Exception):
     """The broker cannot be had, or does not start; the message says what to do."""
 
 
+class BrokerUnavailable(BrokerProblem):
+    """This machine lacks what a broker needs; the message says what to install."""
+
+
 class LocalBroker:
     """A single-node broker on the loopback interface; its data and port outlive a kill.
 
-    Where the kernel can do it, the broker dies with the process that started it.
+    On Linux the broker dies with the thread that started it: start it in one that lasts.
     """
 
     def __init__(
@@ -61,8 +76,8 @@ class LocalBroker:
             properties: more lines of server.properties, or others in the place of ours.
         """
         self.data = data
-        self.port = port or _free_port()
-        self._controller_port = _free_port()
+        self.port = port or free_port()
+        self._controller_port = free_port()
         self._advertised_port = advertised_port or self.port
         self._properties = dict(properties or {})
         self._process: Optional[subprocess.Popen[bytes]] = None
@@ -83,7 +98,7 @@ class LocalBroker:
         self.data.mkdir(parents=True, exist_ok=True)
         config = self.data / "server.properties"
         config.write_text(
-            "".join(f"{name}={value}\n" for name, value in self._settings().items()),
+            "".join(f"{name}={value}\n" for name, value in self.settings().items()),
             encoding="utf-8",
         )
         base = [_java(), *JAVA, f"-Dlog4j2.configurationFile={HERE / 'log4j2.properties'}"]
@@ -95,11 +110,18 @@ class LocalBroker:
                 raise BrokerProblem(f"Kafka's storage could not be made:\n{_last(done.stderr)}")
         with open(self.data / "broker.log", "ab") as log:
             self._process = subprocess.Popen(
-                [*base, "kafka.Kafka", str(config)],
+                [
+                    sys.executable,
+                    "-c",
+                    _DIE_WITH_PARENT,
+                    str(os.getpid()),
+                    *base,
+                    "kafka.Kafka",
+                    config,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - its callers start no threads
             )
         self._wait()
 
@@ -127,7 +149,8 @@ class LocalBroker:
             process.kill()
             process.wait()
 
-    def _settings(self) -> Dict[str, str]:
+    def settings(self) -> Dict[str, str]:
+        """Its server.properties."""
         here, controller = f"127.0.0.1:{self.port}", f"127.0.0.1:{self._controller_port}"
         return {
             "process.roles": "broker,controller",
@@ -146,7 +169,9 @@ class LocalBroker:
             "share.coordinator.state.topic.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
             "auto.create.topics.enable": "false",
-            "log.cleaner.backoff.ms": "1000",
+            "log.cleaner.backoff.ms": "1000",  # what is due is compacted or deleted at once
+            "log.initial.task.delay.ms": "1000",
+            "log.retention.check.interval.ms": "1000",
             **self._properties,
         }
 
@@ -158,7 +183,7 @@ class LocalBroker:
         while time.monotonic() < until:
             if process.poll() is not None:
                 break
-            if _answers(self.port):
+            if answers("127.0.0.1", self.port):
                 return
             time.sleep(0.05)
         self.kill()
@@ -167,14 +192,14 @@ class LocalBroker:
 
 
 def fetch_jars() -> Path:
-    """The folder of Kafka's jars, fetched by Maven where it is not there yet. BrokerProblem."""
+    """The folder of Kafka's jars, fetched by Maven where it is not there. BrokerUnavailable."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argus"
     jars = home / f"kafka-{KAFKA}"
     if jars.is_dir():
         return jars
     maven = shutil.which("mvn")
     if maven is None:
-        raise BrokerProblem(
+        raise BrokerUnavailable(
             "a local Kafka needs Maven to fetch it (on Debian and Ubuntu: apt install maven); "
             "or name a broker: ARGUS_TEST_BROKERS=host:9092"
         )
@@ -195,49 +220,42 @@ def _copy_dependencies(maven: str, home: Path, jars: Path) -> None:
         command += ["-DincludeScope=runtime", f"-DoutputDirectory={folder}/jars"]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise BrokerProblem(f"Maven could not fetch Kafka:\n{_last(done.stdout + done.stderr)}")
+            said = _last(done.stdout + done.stderr)
+            raise BrokerUnavailable(f"Maven could not fetch Kafka:\n{said}")
         os.rename(f"{folder}/jars", jars)
 
 
 def _java() -> str:
-    """Java 17 or later. BrokerProblem: there is none."""
+    """Java 17 or later. BrokerUnavailable: there is none."""
     java = shutil.which("java")
     if java is not None:
         said = subprocess.run([java, "-version"], check=False, capture_output=True, text=True)
         match = re.search(r'version "(\d+)', said.stderr)
         if match and int(match[1]) >= 17:
             return java
-    raise BrokerProblem(
+    raise BrokerUnavailable(
         "a local Kafka needs Java 17 or later (on Debian and Ubuntu: apt install "
         "openjdk-17-jre-headless); or name a broker: ARGUS_TEST_BROKERS=host:9092"
     )
 
 
-def _answers(port: int) -> bool:
+def answers(host: str, port: int) -> bool:
     """Whether a broker answers an ApiVersions request there: it does once it is registered."""
     request = b"\x00\x12\x00\x00\x00\x00\x00\x01\x00\x01x"  # key 18, version 0, id 1, client "x"
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
+        with socket.create_connection((host, port), timeout=1.0) as connection:
             connection.sendall(len(request).to_bytes(4, "big") + request)
             return len(connection.recv(8)) > 0
     except OSError:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _die_with_parent() -> None:
-    """In the child, before Java: a test run that is killed leaves no broker behind."""
-    os.setpgid(0, 0)  # Ctrl-C is for the one who started it
-    try:
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
-    except (AttributeError, OSError):
-        return  # not Linux
 
 
 def _last(text: str, lines: int = 12) -> str:
@@ -253,6 +271,7 @@ def _say(text: str) -> None:
 def main(arguments: List[str]) -> int:
     """Runs a broker until it is interrupted; exit status."""
     parser = argparse.ArgumentParser(description="A single-node Kafka on this machine.")
+    parser.add_argument("command", nargs="?", choices=["run"], default="run", help="the only one")
     parser.add_argument("--port", type=int, default=9092, help="default: 9092; 0: a free one")
     parser.add_argument("--data", type=Path, help="kept there (default: a folder that is removed)")
     options = parser.parse_args(arguments)

@@ -26,14 +26,14 @@ class Faults:
     def __init__(self) -> None:
         self.counts: Dict[str, int] = {}
 
-    def count(self, cause: str, error: Optional[BaseException] = None) -> None:
-        """One more of ``cause``; the first one of an ``error`` is logged with its traceback."""
+    def count(self, cause: str, error: Optional[BaseException] = None, *, times: int = 1) -> None:
+        """``times`` more of ``cause``; the first of an ``error`` is logged with its traceback."""
         if error is not None:
             cause = f"{cause} ({type(error).__name__})"
         if cause not in self.counts and len(self.counts) >= _MAX_CAUSES:
             cause = "other faults"
         seen = self.counts.get(cause, 0)
-        self.counts[cause] = seen + 1
+        self.counts[cause] = seen + times
         if error is not None:
             if seen == 0:
                 _log.debug("argus: %s", cause, exc_info=error)

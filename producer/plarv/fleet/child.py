@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Optional, Union
 
@@ -29,7 +29,9 @@ from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_schemas.topics import Topics
 
-__all__ = ["Child", "main"]
+__all__ = ["MAX_REFUSALS", "Child", "main"]
+
+MAX_REFUSALS = 100  # of one session that are told, and written into its log; the rest is counted
 
 _NICENESS = 5  # the training loop goes first
 _REACH_S = 3.0
@@ -40,6 +42,8 @@ _IDLE_AFTER_S = 2.0  # ... for so long
 _TROUBLE_S = 3.0  # without an acknowledgement, and it is said
 _ALONE_S = 10.0  # to ship what is left, once the training process is gone
 _LAST_WORDS_S = 0.7  # for the verdicts on the last steps, once all is shipped
+_COUNTS_EVERY_S = 1.0
+_MAX_LINES = 10_000  # that wait for the training process; past that it learns no more
 _LEFT_OVER_EVERY_S = 10.0  # another process may end before it has shipped all
 
 Record = Union[Verdict, Action]
@@ -72,9 +76,14 @@ class Child:
             connection,
             self._topics,
             self._deliver,
-            lambda name, why: tell({"refused": {"action": name, "why": why}}),
+            self._refuse,
             lambda offsets: tell({"next": offsets}),
         )
+        self._refused = 0
+        self._only_counted: Counter[str] = (
+            Counter()
+        )  # why -> refusals that were not told one by one
+        self._counted_at = time.monotonic()
         self._until = float("inf")
         self._asked_to_finish = threading.Event()
         self._parent = os.getppid()
@@ -195,6 +204,7 @@ class Child:
         while not self._stop.is_set():
             try:
                 self._subscription.poll()
+                self._tell_counts()
             except BrokerError as error:
                 if isinstance(error, RefusedError):
                     self._tell({"fault": f"subscription: {error}"})
@@ -203,9 +213,25 @@ class Child:
                 self._tell({"fault": f"subscription: {error!r}"})
                 self._stop.wait(_AGAIN_S)
         self._subscription.close()
+        self._tell_counts(at_once=True)
 
     def _deliver(self, record: Record, binding: bool) -> None:
         self._tell({"record": record.to_dict(), "binding": binding})
+
+    def _refuse(self, name: str, why: str) -> None:
+        """The first hundred one by one; of a flood only how many: the loop must not feel it."""
+        self._refused += 1
+        if self._refused <= MAX_REFUSALS:
+            self._tell({"refused": {"action": name, "why": why}})
+        else:
+            self._only_counted[why] += 1
+
+    def _tell_counts(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self._only_counted and (at_once or now - self._counted_at >= _COUNTS_EVERY_S):
+            self._counted_at = now
+            self._tell({"refusals": dict(self._only_counted)})
+            self._only_counted.clear()
 
     def _left_s(self) -> float:
         """Seconds until it must end. It looks for its parent too: a pipe may outlive it."""
@@ -225,7 +251,8 @@ class _Voice:
         self._thread.start()
 
     def tell(self, line: Dict[str, Any]) -> None:
-        self._lines.put(json.dumps(line, separators=(",", ":")).encode("utf-8") + b"\n")
+        if self._lines.qsize() < _MAX_LINES:  # it was stopped: what counts is in the run's folder
+            self._lines.put(json.dumps(line, separators=(",", ":")).encode("utf-8") + b"\n")
 
     def close(self) -> None:
         """Waits a moment until all is read."""

@@ -221,6 +221,9 @@ class KafkaTransport:
             return self._take_record(line)
         if "refused" in line:
             self._refuse(line["refused"])
+        elif "refusals" in line:
+            for why, count in line["refusals"].items():
+                self._faults.count(f"action refused: {why}", times=count)
         elif "state" in line:
             self._state, self._why = line["state"], line.get("why", "")
             if self._state == "ready":

@@ -25,6 +25,9 @@ from plarv_processors.kafka_topics import describe_topics
 from plarv_schemas.kafka_connection import connect_to
 from plarv_schemas.topics import Topics
 
+pytest.importorskip("kafka")
+pytest.importorskip("pyarrow")
+
 USER, SECRET = "argus", "a-secret"
 
 

@@ -32,6 +32,9 @@ from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.kafka_clients import require_kafka
 from plarv_schemas.kafka_connection import connect_to
 
+pytest.importorskip("kafka")
+pytest.importorskip("pyarrow")
+
 RUN, SESSION = "a-run", "0123456789abcdef"
 
 
@@ -90,7 +93,7 @@ def test_all_arrives_once_and_in_order_over_several_segments(
 ) -> None:
     chance = random.Random(4)
     shipper = shipper_of(journal, fleet, link)
-    for _ in range(30):
+    for _ in range(60):
         length = chance.choice([0, 1, 100, 3000])
         journal.steps(chance.randrange(1, 40), sample_losses=[0.5] * length)
         shipper.turn()

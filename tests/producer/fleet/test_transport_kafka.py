@@ -34,6 +34,9 @@ from plarv_schemas.messages import Message, action_message, verdict_message
 from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
 from plarv_schemas.topics import ID_HEADER, SIGNATURE_HEADER
 
+pytest.importorskip("kafka")
+pytest.importorskip("pyarrow")
+
 RUN = "a-run"
 
 
