@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple, cast
 
 from plarv_schemas.arrow_columns import (
@@ -76,7 +77,7 @@ def decode_steps(batch: RecordBatch) -> List[StepEvent]:
             columns[place] = [None if cell is None else tuple(cell) for cell in columns[place]]
     # Past the constructor, which costs more than all the rest: the fields are in their order.
     new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return [new(StepEvent, (*row, ())) for row in zip(*columns)]
+    return [new(StepEvent, row) for row in zip(*columns, repeat(()))]
 
 
 def encode_controls(
@@ -279,7 +280,11 @@ def _decode(table: TableName, batch: RecordBatch) -> List[List[Any]]:
     if found not in (None, table):
         raise ValueError(f"this batch holds {found}, not {table}")
     names = batch.schema.names
-    return [_checked(column, batch, names) for column in TABLE_COLUMNS[table]]
+    absent = [None] * batch.num_rows
+    return [
+        _checked(column, batch, names) if column.required or column.name in names else absent
+        for column in TABLE_COLUMNS[table]
+    ]
 
 
 def _checked(column: Column, batch: RecordBatch, names: Sequence[str]) -> List[Any]:

@@ -66,6 +66,18 @@ class RecordFiles:
                 self._write(self._recent[0])
                 self._recent.popleft()
 
+    def settled(self) -> bool:
+        """Whether all that was taken in stands in the files, whoever wrote it. OSError."""
+        if self._recent and not self.lead():
+            there = {
+                str(each.get("id"))
+                for name in (VERDICTS_FILE, ACTIONS_FILE)
+                for each in read_lines(self._folder / name)
+            }
+            missing = [record for record in self._recent if record.id not in there]
+            self._recent = deque(missing, maxlen=_RECENT)
+        return not self._recent
+
     def note(self, offsets: Dict[str, int]) -> None:
         """Notes up to where the topics are read, once all from there is written. OSError."""
         if self._lock.held and not self._recent and offsets != self._noted:

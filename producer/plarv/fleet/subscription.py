@@ -31,6 +31,7 @@ __all__ = ["Subscriber", "Subscription"]
 
 _POLL_MS = 100
 _POLL_RECORDS = 500
+_SETTLE_S = 0.02
 _NOTE_EVERY_S = 5.0  # while nothing of this run comes
 _LEAD_EVERY_S = 1.0
 _MAX_SEEN = 16_384
@@ -101,6 +102,8 @@ class Subscription:
             if time.monotonic() > until:
                 raise BrokerError("the brokers gave nothing in time")
         self._note(True)
+        while not self._settled() and time.monotonic() < until:
+            time.sleep(_SETTLE_S)  # who starts now must see a pause that was lifted meanwhile
 
     def poll(self) -> int:
         """Takes in what is there; waits up to 0.1 s where nothing is. How much was the run's.
@@ -269,6 +272,12 @@ class Subscription:
                 self._files.lead()
             except OSError:  # tried again
                 pass
+
+    def _settled(self) -> bool:
+        try:
+            return self._files.settled()
+        except OSError:  # the disk is full: it will not be better in a moment
+            return True
 
     def _note(self, changed: bool) -> None:
         now = time.monotonic()

@@ -72,6 +72,7 @@ class KafkaTransport:
         self._next: Dict[str, int] = {}  # offsets at which another child goes on
         self._binding: Set[str] = set()  # actions that may be carried out, until handed over
         self._troubled = False
+        self._discarded = False
         self._stop = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="argus-fleet", daemon=True)
@@ -117,7 +118,10 @@ class KafkaTransport:
 
     def discard(self) -> None:
         """Ends the process at once: the run never began."""
+        self._discarded = True
         self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
         if self._child is not None:
             self._child.kill()
 
@@ -293,6 +297,8 @@ class KafkaTransport:
     def _finish(self) -> None:
         """Ships what it can until the deadline; then the child goes on alone."""
         child = self._child
+        if self._discarded:
+            return
         if child is None:
             self._child = child = ChildProcess(self._config())
         child.tell({"finish": True})
