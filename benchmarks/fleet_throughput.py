@@ -82,6 +82,13 @@ def worker_speed(fleet: Fleet, steps: int) -> Iterator[Row]:
     with fleet.worker(topics) as worker:
         found = _catch_up(worker, total, "a worker's speed")
     engine.append(_engine_us(sample))
+    yield from _speed_rows(total, found, engine)
+
+
+def _speed_rows(
+    total: int, found: Dict[str, float], engine: Sequence[Tuple[float, float]]
+) -> Iterator[Row]:
+    """A worker's speed, against the pure engine's before and after."""
     pure, pure_cpu = (median([each[place] for each in engine]) for place in (0, 1))
     step_us, cpu_us = found["step_us"], found["cpu_us"]
     load = os.getloadavg()[0]

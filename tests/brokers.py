@@ -14,7 +14,15 @@ from typing import Any, Mapping, NoReturn, Protocol
 
 import pytest
 
-__all__ = ["Broker", "OwnBroker", "find_broker", "own_broker"]
+__all__ = [
+    "Broker",
+    "OwnBroker",
+    "container_settings",
+    "find_broker",
+    "local_broker",
+    "own_broker",
+    "require_local_broker",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "apache/kafka:4.1.1"
@@ -134,13 +142,20 @@ class _Removed:
 
 
 def _local(folder: Path, **options: Any) -> OwnBroker:
+    broker: OwnBroker = require_local_broker().LocalBroker(folder, **options)
+    broker.start()  # one that breaks is a failure, no skip
+    return broker
+
+
+def require_local_broker() -> Any:
+    """The module of deploy/local-broker, once Java and the jars are here; else the same rule."""
     module = local_broker()
     try:
-        broker: OwnBroker = module.LocalBroker(folder, **options)
-        broker.start()
-    except module.BrokerUnavailable as problem:  # one that breaks is a failure, no skip
+        module.find_java()
+        module.fetch_jars()
+    except module.BrokerProblem as problem:
         _give_up(str(problem))
-    return broker
+    return module
 
 
 def local_broker() -> Any:

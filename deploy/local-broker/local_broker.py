@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-__all__ = ["BrokerProblem", "BrokerUnavailable", "LocalBroker", "answers", "free_port"]
+__all__ = ["BrokerProblem", "LocalBroker", "answers", "fetch_jars", "find_java", "free_port"]
 
 HERE = Path(__file__).resolve().parent
 KAFKA = "4.1.1"
@@ -47,10 +47,6 @@ if os.getppid() == int(sys.argv[1]):
 
 class BrokerProblem(Exception):
     """The broker cannot be had, or does not start; the message says what to do."""
-
-
-class BrokerUnavailable(BrokerProblem):
-    """This machine lacks what a broker needs; the message says what to install."""
 
 
 class LocalBroker:
@@ -101,7 +97,7 @@ class LocalBroker:
             "".join(f"{name}={value}\n" for name, value in self.settings().items()),
             encoding="utf-8",
         )
-        base = [_java(), *JAVA, f"-Dlog4j2.configurationFile={HERE / 'log4j2.properties'}"]
+        base = [find_java(), *JAVA, f"-Dlog4j2.configurationFile={HERE / 'log4j2.properties'}"]
         base += ["-cp", f"{jars}/*"]
         if not (self.data / "log" / "meta.properties").exists():
             command = [*base, "kafka.tools.StorageTool", "format", "-t", CLUSTER, "-c", str(config)]
@@ -167,6 +163,8 @@ class LocalBroker:
             "transaction.state.log.min.isr": "1",
             "share.coordinator.state.topic.replication.factor": "1",
             "share.coordinator.state.topic.min.isr": "1",
+            "broker.session.timeout.ms": "3000",  # a restart waits for the killed one's
+            "broker.heartbeat.interval.ms": "500",
             "group.initial.rebalance.delay.ms": "0",
             "auto.create.topics.enable": "false",
             "log.cleaner.backoff.ms": "1000",  # what is due is compacted or deleted at once
@@ -192,18 +190,18 @@ class LocalBroker:
 
 
 def fetch_jars() -> Path:
-    """The folder of Kafka's jars, fetched by Maven where it is not there. BrokerUnavailable."""
+    """The folder of Kafka's jars, fetched by Maven where it is not there. BrokerProblem."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argus"
     jars = home / f"kafka-{KAFKA}"
     if jars.is_dir():
         return jars
     maven = shutil.which("mvn")
     if maven is None:
-        raise BrokerUnavailable(
+        raise BrokerProblem(
             "a local Kafka needs Maven to fetch it (on Debian and Ubuntu: apt install maven); "
             "or name a broker: ARGUS_TEST_BROKERS=host:9092"
         )
-    _java()
+    find_java()
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two starts at once
@@ -221,19 +219,19 @@ def _copy_dependencies(maven: str, home: Path, jars: Path) -> None:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             said = _last(done.stdout + done.stderr)
-            raise BrokerUnavailable(f"Maven could not fetch Kafka:\n{said}")
+            raise BrokerProblem(f"Maven could not fetch Kafka:\n{said}")
         os.rename(f"{folder}/jars", jars)
 
 
-def _java() -> str:
-    """Java 17 or later. BrokerUnavailable: there is none."""
+def find_java() -> str:
+    """Java 17 or later. BrokerProblem: there is none."""
     java = shutil.which("java")
     if java is not None:
         said = subprocess.run([java, "-version"], check=False, capture_output=True, text=True)
         match = re.search(r'version "(\d+)', said.stderr)
         if match and int(match[1]) >= 17:
             return java
-    raise BrokerUnavailable(
+    raise BrokerProblem(
         "a local Kafka needs Java 17 or later (on Debian and Ubuntu: apt install "
         "openjdk-17-jre-headless); or name a broker: ARGUS_TEST_BROKERS=host:9092"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
-from tests.brokers import ROOT, container_settings, local_broker
+from tests.brokers import ROOT, container_settings, local_broker, require_local_broker
 
 kafka: Any = pytest.importorskip("kafka")
 
@@ -63,8 +63,8 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a child")
-def test_a_test_run_that_is_killed_leaves_no_broker_behind(own_broker: Any, tmp_path: Path) -> None:
-    own_broker.stop()  # it can be had here: the skip, or the failure, is the fixture's
+def test_a_test_run_that_is_killed_leaves_no_broker_behind(tmp_path: Path) -> None:
+    require_local_broker()
     parent = subprocess.Popen(
         [sys.executable, "-c", _STARTS_A_BROKER, str(tmp_path / "its")],
         cwd=ROOT / "deploy" / "local-broker",
@@ -101,7 +101,7 @@ def test_a_port_that_is_taken_is_told_with_the_brokers_own_words(tmp_path: Path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        module = local_broker()
+        module = require_local_broker()
         broker = module.LocalBroker(tmp_path, port=taken.getsockname()[1])
         with pytest.raises(module.BrokerProblem, match=r"did not start:\n(.|\n)*in use"):
             broker.start()

@@ -11,7 +11,7 @@ from plarv_schemas.topics import Headers
 
 __all__ = ["Decoder", "Poison"]
 
-_KEPT = 512  # messages; agents are rarely further apart
+_KEPT = 256  # messages; agents are rarely further apart
 
 
 class Poison:

@@ -91,7 +91,7 @@ def new_app(group: str, config: WorkerConfig) -> FleetApp:
         broker_max_poll_interval=3600.0,  # a long rebuild is not a dead worker
         consumer_auto_offset_reset="earliest",
         consumer_group_instance_id=f"{group}-{config.name}",
-        consumer_max_fetch_size=16 * 1024 * 1024,
+        consumer_max_fetch_size=4 * 1024 * 1024,
         datadir=str(config.state_dir / group),
         key_serializer="raw",
         producer_acks=-1,
