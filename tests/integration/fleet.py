@@ -30,7 +30,8 @@ from plarv_schemas.topics import ID_HEADER, TABLE_HEADER, header
 
 __all__ = [
     "WorkerProcess", "assert_log_and_results_agree", "controls", "drain", "expected", "folded_runs",
-    "found", "interleaved", "messages_of", "named", "sessions_of", "until", "workers",
+    "found", "interleaved", "messages_of", "named", "sessions_of",
+    "side_by_side", "until", "workers",
 ]  # fmt: skip
 
 _DEADLINE_S = 90.0
@@ -187,6 +188,20 @@ def messages_of(rng: random.Random, events: Sequence[Event], longest: int = 64) 
     return messages
 
 
+def side_by_side(rng: random.Random, sessions: Sequence[Sequence[Event]]) -> List[Message]:
+    """Ranks that keep about the same pace, each with messages of its own."""
+    messages: List[Message] = []
+    begin = 0
+    while begin < max(map(len, sessions)):
+        end = begin + rng.randint(1, 12)
+        parts = [session[begin:end] for session in sessions if session[begin:end]]
+        rng.shuffle(parts)
+        for part in parts:
+            messages += event_messages(part)
+        begin = end
+    return messages
+
+
 def interleaved(rng: random.Random, sequences: Sequence[Sequence[Any]]) -> List[Any]:
     """All of them in one order by chance that keeps the order of each."""
     order = [number for number, each in enumerate(sequences) for _ in each]
@@ -209,12 +224,12 @@ def folded_runs(fleet: TopicsOnTest) -> Dict[str, List[Event]]:
 
 
 def expected(
-    fleet: TopicsOnTest, detectors: Optional[Sequence[Type[Detector]]] = None
+    runs: Mapping[str, Sequence[Event]], detectors: Optional[Sequence[Type[Detector]]] = None
 ) -> Dict[str, Mapping[str, Any]]:
-    """By id, the records that a straight fold gives of what the topic holds."""
+    """By id, the records that a straight fold gives of these runs."""
     config = EngineConfig(detectors=None if detectors is None else tuple(detectors))
     records: Dict[str, Mapping[str, Any]] = {}
-    for events in folded_runs(fleet).values():
+    for events in runs.values():
         engine = Engine(config)
         for event in events:
             if isinstance(event, ControlEvent) and event.kind == "detector_left_out":
@@ -277,10 +292,19 @@ def drain(fleet: TopicsOnTest, tag: str = "last", seconds: float = _DEADLINE_S) 
 
 
 def assert_log_and_results_agree(
-    fleet: TopicsOnTest, detectors: Optional[Sequence[Type[Detector]]] = None
+    fleet: TopicsOnTest,
+    detectors: Optional[Sequence[Type[Detector]]] = None,
+    *,
+    removed: Optional[Mapping[str, Sequence[Event]]] = None,
 ) -> Dict[str, Mapping[str, Any]]:
-    """Every verdict and action of the fold is on the topics, and no other; they are returned."""
-    wanted, there = expected(fleet, detectors), found(fleet)
+    """Every verdict and action of the fold is on the topics, and no other; they are returned.
+
+    ``removed``: what the log held before its begin was removed.
+    """
+    runs: Dict[str, List[Event]] = {name: list(events) for name, events in (removed or {}).items()}
+    for name, events in folded_runs(fleet).items():
+        runs.setdefault(name, []).extend(events)
+    wanted, there = expected(runs, detectors), found(fleet)
     missing = [wanted[name] for name in wanted.keys() - there.keys()]
     beside = [there[name] for name in there.keys() - wanted.keys()]
     assert not missing, f"{len(missing)} of {len(wanted)} are missing, such as {missing[:3]}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import pytest
 
@@ -23,14 +24,17 @@ from tests.integration.fleet import (
     messages_of,
     named,
     sessions_of,
+    side_by_side,
     until,
     workers,
 )
 from tests.processors.logs import names
 
 from plarv_processors.detectors import BUILTIN
+from plarv_processors.snapshot import unpack
 from plarv_schemas.messages import Message, decode_action, event_messages
 from plarv_schemas.signatures import Order, run_key, sign, verify
+from plarv_schemas.topic_reader import open_topic
 from plarv_schemas.topics import SCHEMA_HEADER, SIGNATURE_HEADER, TABLE_HEADER, header
 from plarv_schemas.versions import SCHEMA_VERSION
 
@@ -44,12 +48,15 @@ def fleet(broker_address: str, topic_prefix: str) -> TopicsOnTest:
 
 
 def _load(rng: random.Random, copies: int = 1) -> List[Message]:
-    """All logs, sessions apart, packed by chance, in an order by chance."""
+    """All logs, packed by chance, runs in an order by chance, ranks at about the same pace."""
     queues: List[List[Message]] = []
     for copy in range(copies):
         for stream in names:
-            for session in sessions_of(named(stream, f"{stream}-{copy}")):
-                queues.append(messages_of(rng, session))
+            sessions = sessions_of(named(stream, f"{stream}-{copy}"))
+            if len(sessions) == 1:
+                queues.append(messages_of(rng, sessions[0]))
+            else:
+                queues.append(side_by_side(rng, sessions))
     return interleaved(rng, queues)
 
 
@@ -101,7 +108,7 @@ def test_ranks_late_missing_and_twice_give_what_a_replay_gives(
 def test_detectors_split_over_two_workers_give_the_same(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:
-    some = "loss_spike,fleet_skew,plateau"
+    some = "loss_spike,fleet_skew,loss_plateau"
     rest = ",".join(cls.name for cls in BUILTIN if cls.name not in some.split(","))
     one = WorkerProcess(fleet, tmp_path, "w1", "--detectors", some, "--no-policy")
     other = WorkerProcess(fleet, tmp_path, "w2", "--detectors", rest)
@@ -157,7 +164,7 @@ def test_an_attempt_after_the_end_goes_on_in_a_worker_that_was_killed(
     with workers(worker):
         fleet.put_events(first)
         drain(fleet, "first")
-        until("the run that ended is freed", lambda: worker.metric("argus_runs", state="open") == 0)
+        until("the runs that ended are freed", lambda: _ended(worker) >= 4)
         worker.kill()
         worker.start().ready()
         fleet.put_events(second)
@@ -176,3 +183,165 @@ def test_a_rank_that_falls_silent_is_ended_by_an_event(fleet: TopicsOnTest, tmp_
     (silent,) = controls(fleet, "quiet", "rank_silent")
     assert silent.data == {"session": events[0].session, "rank": 0}
     assert_log_and_results_agree(fleet)
+
+
+def test_a_worker_goes_on_from_its_snapshots_when_the_log_before_them_is_gone(
+    fleet: TopicsOnTest, tmp_path: Path
+) -> None:
+    first, second = _halves(random.Random(7))
+    worker = WorkerProcess(fleet, tmp_path, "w1", "--snapshot-every", "0.2")
+    with workers(worker):
+        fleet.put(fleet.topics.steps, first)
+        drain(fleet, "first")
+        ends = _ends(fleet)
+        until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
+        worker.kill()
+        removed = folded_runs(fleet)
+        _remove_log(fleet, ends)
+        assert not folded_runs(fleet)
+        worker.start().ready()
+        fleet.put(fleet.topics.steps, second)
+        drain(fleet, "second")
+        assert worker.metric("argus_gaps_total") == 0
+    assert_log_and_results_agree(fleet, removed=removed)
+
+
+def test_snapshots_that_cannot_be_read_cost_time_and_nothing_else(
+    fleet: TopicsOnTest, tmp_path: Path
+) -> None:
+    first, second = _halves(random.Random(8))
+    worker = WorkerProcess(fleet, tmp_path, "w1", "--snapshot-every", "0.2")
+    with workers(worker):
+        fleet.put(fleet.topics.steps, first)
+        drain(fleet, "first")
+        ends = _ends(fleet)
+        until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
+        worker.kill()
+        for record in fleet.records(fleet.topics.snapshots):
+            fleet.put(
+                fleet.topics.snapshots, [Message(record.key or b"", b"garbage", [])],
+                record.partition,
+            )  # fmt: skip
+        worker.start().ready()
+        assert "folding anew" in worker.said()
+        fleet.put(fleet.topics.steps, second)
+        drain(fleet, "second")
+    assert_log_and_results_agree(fleet)
+
+
+def test_an_order_becomes_an_event_and_its_answer_a_signed_action(
+    fleet: TopicsOnTest, tmp_path: Path
+) -> None:
+    with workers(WorkerProcess(fleet, tmp_path)) as _:
+        fleet.put_events(going_wrong("run"))
+        drain(fleet, "before")
+        order = _order("run", "stop")
+        _give(fleet, order)
+        _give(fleet, order)
+        _give(fleet, _order("run", "resume"))  # after both, so both have been taken
+        until("both orders stand in the log", lambda: len(controls(fleet, "run", "order")) == 2)
+        drain(fleet, "after")
+    events = controls(fleet, "run", "order")
+    assert events[0].data == {"order": "stop", "operator": "ann", "id": order.id}
+    answers = [
+        (record, decode_action(record.value or b""))
+        for record in fleet.records(fleet.topics.actions)
+        if record.key == b"run"
+    ]
+    ordered = [(record, action) for record, action in answers if "id" in action.parameters]
+    assert [action.parameters["order"] for _, action in ordered] == ["stop", "resume"]
+    for record, _ in answers:
+        signature = header(record.headers, SIGNATURE_HEADER)
+        assert verify(run_key(MASTER_KEY, "run"), "action", record.value or b"", signature)
+        assert not verify(run_key(MASTER_KEY, "other"), "action", record.value or b"", signature)
+    assert_log_and_results_agree(fleet)
+
+
+def test_orders_that_are_not_to_be_obeyed_are_refused_counted_and_told(
+    fleet: TopicsOnTest, tmp_path: Path
+) -> None:
+    worker = WorkerProcess(fleet, tmp_path)
+    good = _order("run", "stop")
+    altered = good.to_bytes().replace(b"stop", b"pause")
+    with workers(worker):
+        fleet.put_events(going_wrong("run"))
+        fleet.put_events(going_wrong("other"))
+        drain(fleet, "before")
+        _give(fleet, _order("run", "stop"), key="a master key of somebody else")
+        _give(fleet, _order("run", "stop", expires_ns=time.time_ns() - 1))
+        _give(fleet, _order("run", "stop", attempt=7))
+        _give(fleet, _order("run", "explode"))
+        _give(fleet, good, to="other")
+        fleet.put(fleet.topics.orders, [Message(b"run", altered, _signed(good))])
+        fleet.put(fleet.topics.orders, [Message(b"run", b"\xff{", _signed(good))])
+        fleet.put(fleet.topics.orders, [Message(b"run", good.to_bytes(), [])])
+        until("all are refused", lambda: worker.metric("argus_orders_total") == 8)
+        drain(fleet, "middle")
+        told = {str(event.data["why"]) for event in controls(fleet, "run", "action_refused")}
+        assert told == {
+            "its signature is wrong", "it has expired", "it is for attempt 7, and this is 1",
+            "there is no such order",
+        }  # fmt: skip
+        for _ in range(25):
+            _give(fleet, _order("run", "stop"), key="a master key of somebody else")
+        until("these too", lambda: worker.metric("argus_orders_total", result="refused") == 33)
+        drain(fleet, "after")
+    assert len(controls(fleet, "run", "action_refused")) == 20
+    assert not controls(fleet, "run", "order")
+    assert not controls(fleet, "other", "order")
+    assert_log_and_results_agree(fleet)
+
+
+def _ended(worker: WorkerProcess) -> float:
+    return worker.metric("argus_runs", app="detectors", state="ended")
+
+
+def _halves(rng: random.Random) -> List[List[Message]]:
+    """Runs that stand in the middle of something when the second half begins."""
+    halves: List[List[Message]] = [[], []]
+    for stream in ("spike", "collapse", "corruption", "straggler", "repeated_batch"):
+        events = named(stream, stream)
+        middle = len(events) // 2
+        for half, part in zip(halves, (events[:middle], events[middle:])):
+            sessions = sessions_of(part)
+            half += side_by_side(rng, sessions)
+    return halves
+
+
+def _ends(fleet: TopicsOnTest) -> Dict[int, int]:
+    with open_topic(fleet.connection, fleet.topics.steps) as reader:
+        return {partition: span.end for partition, span in reader.ranges().items()}
+
+
+def _saved(fleet: TopicsOnTest) -> List[Dict[int, int]]:
+    """By lane, the offsets that its newest markers say."""
+    markers: Dict[bytes, Dict[int, int]] = {}
+    for record in fleet.records(fleet.topics.snapshots):
+        key, value = record.key or b"", record.value or b""
+        if key.endswith(b"\0"):
+            markers.setdefault(key, {})[record.partition] = unpack(value)[0]
+    return list(markers.values())
+
+
+def _remove_log(fleet: TopicsOnTest, ends: Dict[int, int]) -> None:
+    from plarv_schemas.kafka_clients import admin_client, place_of
+
+    with admin_client(fleet.connection) as client:
+        admin: Any = client
+        admin.delete_records({place_of(fleet.topics.steps, p): end for p, end in ends.items()})
+
+
+def _order(run_id: str, what: str, **changes: Any) -> Order:
+    now = time.time_ns()
+    order = Order(secrets.token_hex(8), run_id, what, "ann", now, now + 600_000_000_000)
+    return order._replace(**changes)
+
+
+def _signed(order: Order, key: str = MASTER_KEY) -> List[Tuple[str, bytes]]:
+    signature = sign(run_key(key, order.run_id), "order", order.to_bytes())
+    return [(TABLE_HEADER, b"order"), (SIGNATURE_HEADER, signature.encode())]
+
+
+def _give(fleet: TopicsOnTest, order: Order, *, key: str = MASTER_KEY, to: str = "") -> None:
+    message = Message((to or order.run_id).encode(), order.to_bytes(), _signed(order, key))
+    fleet.put(fleet.topics.orders, [message])

@@ -14,14 +14,20 @@ from plarv_schemas.topics import MAX_MESSAGE_BYTES
 __all__ = ["FleetApp", "new_app", "send", "send_all"]
 
 faust: Any = importlib.import_module("faust")
+importlib.import_module("faust.tables.manager")
 _driver: Any = importlib.import_module("faust.transport.drivers.aiokafka")
+
+_NotReady: Any = importlib.import_module("faust.exceptions").NotReady
 
 _log = logging.getLogger("plarv.worker")
 
 _FETCH_WAIT_MS = 50
 _RETRY_S = 0.5
 _MAX_RETRY_S = 5.0
-_BUFFER = 256  # messages that wait for an agent; more would only be memory
+_BUFFER = 64  # messages that wait for an agent; more would only be memory
+_FETCH_BYTES = 1024 * 1024  # of a partition at once: what is fetched ahead is memory, too
+_HELD_BACK_S = 0.02
+_START_S = 0.05
 _PENDING = 200  # of a bulk send
 
 
@@ -39,6 +45,13 @@ class _Thread(_driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 class _Consumer(_driver.Consumer):  # type: ignore[misc]
     def _new_consumer_thread(self) -> Any:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
+
+    async def sleep(self, n: Any, **options: Any) -> None:
+        """While its partitions are held back Faust looks once a second whether they still are: the
+        literal 1 there, which is no float as its intervals are. A restart would wait for that.
+        """
+        seconds = _HELD_BACK_S if type(n) is int and n == 1 else n
+        await _driver.Consumer.sleep(self, seconds, **options)
 
 
 class _Transport(_driver.Transport):  # type: ignore[misc]
@@ -63,6 +76,16 @@ class _Monitor(faust.Monitor):  # type: ignore[misc]
         """Nothing."""
 
 
+class _NoTables(faust.tables.manager.TableManager):  # type: ignore[misc]
+    """Faust waits a second for tables to be declared; there are none."""
+
+    async def on_start(self) -> None:
+        """Goes on at once."""
+        if not self.should_stop:
+            await self._update_channels()
+            await self.recovery.start()
+
+
 class FleetApp(faust.App):  # type: ignore[misc]
     """A Faust app whose fetches wait 50 ms at most."""
 
@@ -84,6 +107,7 @@ def new_app(group: str, config: WorkerConfig) -> FleetApp:
     return FleetApp(
         group,
         Monitor=_Monitor,
+        TableManager=_NoTables,
         broker=[f"kafka://{address}" for address in connection.brokers],
         broker_session_timeout=30.0,
         broker_heartbeat_interval=3.0,
@@ -91,7 +115,7 @@ def new_app(group: str, config: WorkerConfig) -> FleetApp:
         broker_max_poll_interval=3600.0,  # a long rebuild is not a dead worker
         consumer_auto_offset_reset="earliest",
         consumer_group_instance_id=f"{group}-{config.name}",
-        consumer_max_fetch_size=4 * 1024 * 1024,
+        consumer_max_fetch_size=_FETCH_BYTES,
         datadir=str(config.state_dir / group),
         key_serializer="raw",
         producer_acks=-1,
@@ -117,6 +141,8 @@ async def send(app: Any, topic: str, partition: Optional[int], message: Message)
                 topic, message.key, message.value, partition, None, dict(message.headers)
             )
             return
+        except _NotReady:  # the app is just starting
+            await asyncio.sleep(_START_S)
         except Exception as error:  # noqa: BLE001 - aiokafka and Faust raise kinds of their own
             _log.warning("no broker took a record of %s (%s): trying again", topic, error)
             await asyncio.sleep(pause)

@@ -23,6 +23,7 @@ _log = logging.getLogger("plarv.worker")
 _BUSY_SHARE = 20  # packing snapshots takes one part in so many of the time
 _LOG_BEGIN_EVERY_S = 60.0
 _TELL_EVERY_S = 2.0
+_FIRST_ROUND_S = 2.0  # the app is starting until then
 _EXIT_CODE = 70  # the supervisor starts the worker again; nothing was committed that is not done
 
 
@@ -177,6 +178,7 @@ class Shell:
 
     async def _snapshots(self) -> None:
         """Rounds of snapshots, as long as the app runs."""
+        await asyncio.sleep(min(_FIRST_ROUND_S, self.config.snapshot_s))
         while True:
             began, spent = time.monotonic(), 0.0
             for partition in list(self.lanes):

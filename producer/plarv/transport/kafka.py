@@ -30,7 +30,7 @@ _RESTART_S = 0.5  # before a child that died is followed by another; doubled eac
 _MAX_RESTART_S = 30.0  # ... up to this
 _MAX_REFUSALS = 100  # of one run that are written into its log
 _MAX_BROUGHT = 16_384
-_MARGIN_S = 0.2  # of the exit's time, for what comes after
+_MARGIN_S = 0.4  # of the exit's time, for what comes after
 
 
 class KafkaTransport:

@@ -1,0 +1,103 @@
+"""Runs that go on reporting while workers and brokers are killed."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Dict, List, Optional
+
+from tests.fleets import TopicsOnTest
+from tests.integration.fleet import folded_runs, messages_of, named, sessions_of, side_by_side
+from tests.processors.logs import names
+
+from plarv_schemas.events import Event
+from plarv_schemas.kafka_clients import open_producer
+from plarv_schemas.messages import Message
+
+__all__ = ["Load"]
+
+_PAUSE_S = 0.02  # between two messages
+_AT_ONCE = 3  # runs that go on beside each other
+_LONGEST = 16  # events of a message
+
+
+class Load:
+    """An idempotent producer on a thread, one message after another until ``finish``.
+
+    Runs follow each other, some of several ranks; none is cut short: the last ones are sent to
+    their end.
+    """
+
+    def __init__(self, fleet: TopicsOnTest, rng: random.Random) -> None:
+        self.sent = 0
+        self.acknowledged = 0
+        self.errors: List[Exception] = []
+        self._fleet, self._rng = fleet, rng
+        self._events: Dict[str, List[Event]] = {}
+        self._is_last = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_last.set()
+        self._thread.join(90)
+
+    def finish(self) -> None:
+        """No new runs; returns once all that was begun is acknowledged."""
+        self._is_last.set()
+        self._thread.join(90)
+        assert not self._thread.is_alive(), "the load did not come to its end"
+        assert not self.errors, self.errors[0]
+        assert self.acknowledged == self.sent
+
+    def assert_complete(self, fleet: TopicsOnTest) -> None:
+        """Every step that was sent is in the topic, in its session's order."""
+        there = folded_runs(fleet)
+        for run_id, events in self._events.items():
+            for session in sessions_of(events):
+                name = session[0].session
+                kept = [each for each in there[run_id] if each.session == name]
+                assert [repr(each) for each in kept] == [repr(each) for each in session], run_id
+
+    def _run(self) -> None:
+        producer = open_producer(self._fleet.connection, delivery_timeout_ms=180_000)
+        try:
+            going: List[List[Message]] = []
+            number = 0
+            while going or not self._is_last.is_set():
+                while len(going) < _AT_ONCE and not self._is_last.is_set():
+                    going.append(self._begin(number))
+                    number += 1
+                if not going:
+                    break
+                queue = self._rng.choice(going)
+                message = queue.pop(0)
+                if not queue:
+                    going.remove(queue)
+                producer.send(
+                    self._fleet.topics.steps,
+                    key=message.key, value=message.value, headers=message.headers,
+                ).add_callback(self._heard).add_errback(self.errors.append)  # fmt: skip
+                self.sent += 1
+                if not self._is_last.is_set():
+                    self._is_last.wait(_PAUSE_S)
+            producer.flush(timeout=180)
+        except Exception as error:  # noqa: BLE001 - the test's thread raises it
+            self.errors.append(error)
+        finally:
+            producer.close(timeout=10)
+
+    def _begin(self, number: int) -> List[Message]:
+        stream = self._rng.choice(names)
+        events = named(stream, f"{stream}-{number}", 200 + 100 * self._rng.randint(0, 2))
+        self._events[events[0].run_id] = events
+        sessions = sessions_of(events)
+        if len(sessions) > 1:
+            return side_by_side(self._rng, sessions)
+        return messages_of(self._rng, events, _LONGEST)
+
+    def _heard(self, _: Optional[object]) -> None:
+        self.acknowledged += 1
