@@ -19,7 +19,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make check     format, lint, types, import contracts, then make test: what CI runs"
 	@echo "make format    let ruff format, sort imports and fix what it can"
-	@echo "make bench     overhead and throughput: tables here, JSON beside them"
+	@echo "make bench     overhead, throughput, a fleet: tables here, JSON beside them (30 minutes)"
 	@echo "make clean     remove .venv, caches and builds"
 
 demo: $(for_demo)
@@ -52,6 +52,8 @@ format: $(for_dev)
 bench: $(for_dev)
 	$(python) benchmarks/overhead.py
 	$(python) benchmarks/throughput.py
+	$(python) benchmarks/throughput.py --kafka
+	$(python) benchmarks/latency.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -13,7 +13,8 @@ from measure import Progress, Row, at_least, at_most, information, median
 from plarv_processors.detectors import BUILTIN
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_schemas.events import Event, StepEvent
-from plarv_schemas.kafka_clients import producer_client, require_kafka
+from plarv_schemas.kafka_clients import producer_client
+from plarv_schemas.kafka_types import require_kafka
 from plarv_schemas.messages import Message, event_messages
 from plarv_schemas.topic_reader import open_topic
 from plarv_schemas.topics import MAX_MESSAGE_BYTES, Topics

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from plarv_schemas.kafka_clients import admin_client, consumer_client, place_of, require_kafka
+from plarv_schemas.kafka_clients import admin_client, consumer_client, place_of
 from plarv_schemas.kafka_connection import Connection
-from plarv_schemas.kafka_types import Admin
+from plarv_schemas.kafka_types import Admin, require_kafka
 from plarv_schemas.topics import DEFAULT_PARTITIONS, Topics, topic_settings
 
 __all__ = ["TopicState", "TopicsError", "check_topics", "create_topics", "describe_topics"]

@@ -13,6 +13,7 @@ from contextlib import closing
 from typing import Any, Optional, Tuple
 
 from plarv_schemas.kafka_connection import Connection
+from plarv_schemas.kafka_types import require_kafka
 
 __all__ = ["refusal"]
 
@@ -55,8 +56,6 @@ def _connect(connection: Connection, address: str, until: float) -> socket.socke
 
 def _authenticate(connection: Connection, address: str, sock: socket.socket) -> Optional[str]:
     """The exchange of the mechanism, to its end or to the broker's refusal."""
-    from plarv_schemas.kafka_clients import require_kafka
-
     mechanism: Any = require_kafka("kafka.net.sasl").get_sasl_mechanism(connection.mechanism)(
         host=address,
         sasl_mechanism=connection.mechanism,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import warnings
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, Callable, Dict, Generator, List, Mapping, Optional, Union
 
 from plarv_schemas.credential_check import refusal
 from plarv_schemas.kafka_connection import RECONNECT_MAX_MS, Connection
-from plarv_schemas.kafka_types import Admin, Consumer, Place, Producer
+from plarv_schemas.kafka_types import Admin, Consumer, Place, Producer, require_kafka
 
 __all__ = [
     "BrokerError",
@@ -25,7 +22,6 @@ __all__ = [
     "place_of",
     "producer_client",
     "quiet_kafka_log",
-    "require_kafka",
 ]
 
 REACH_S = 5.0  # to find the brokers; then they count as unreachable
@@ -37,19 +33,6 @@ class BrokerError(Exception):
 
 class RefusedError(BrokerError):
     """They answer, and refuse the credentials, or the right to it. Trying again is no use."""
-
-
-def require_kafka(module: str = "kafka") -> ModuleType:
-    """kafka-python, or one of its modules. ImportError says which extra brings it."""
-    try:
-        with warnings.catch_warnings():
-            # It reads its schemas in a way that Python 3.11 finds old: not for our callers to hear.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            "this needs kafka-python: pip install 'plarv-argus-sdk[kafka]'"
-        ) from error
 
 
 @contextmanager

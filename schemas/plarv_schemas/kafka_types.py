@@ -1,7 +1,10 @@
-"""What we use of kafka-python, typed: it ships no types of its own."""
+"""What we use of kafka-python, typed, and its import at first use: it ships no types of its own."""
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from types import ModuleType
 from typing import (
     Any,
     Callable,
@@ -16,7 +19,7 @@ from typing import (
     Tuple,
 )
 
-__all__ = ["Admin", "Consumer", "Place", "Producer", "Received", "Sending"]
+__all__ = ["Admin", "Consumer", "Place", "Producer", "Received", "Sending", "require_kafka"]
 
 
 class Place(Protocol):
@@ -103,3 +106,16 @@ class Admin(Protocol):
         self, config_resources: Iterable[Any], config_filter: str = "modified"
     ) -> Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]: ...
     def close(self) -> None: ...
+
+
+def require_kafka(module: str = "kafka") -> ModuleType:
+    """kafka-python, or one of its modules. ImportError says which extra brings it."""
+    try:
+        with warnings.catch_warnings():
+            # It reads its schemas in a way that Python 3.11 finds old: not for our callers to hear.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            "this needs kafka-python: pip install 'plarv-argus-sdk[kafka]'"
+        ) from error

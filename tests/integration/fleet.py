@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -23,8 +22,13 @@ from plarv_processors.detectors.detector import Detector
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_schemas.events import Action, ControlEvent, Event, Verdict
 from plarv_schemas.kafka_clients import partition_of
-from plarv_schemas.messages import Message, decode_action, decode_events, decode_verdict
-from plarv_schemas.messages import event_messages
+from plarv_schemas.messages import (
+    Message,
+    decode_action,
+    decode_events,
+    decode_verdict,
+    event_messages,
+)
 from plarv_schemas.topic_reader import open_topic
 from plarv_schemas.topics import ID_HEADER, TABLE_HEADER, header
 

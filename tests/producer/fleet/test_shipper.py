@@ -29,8 +29,8 @@ from plarv.fleet.positions import Shipped, read_shipped, write_shipped
 from plarv.fleet.shipper import SessionShipper, sessions_to_ship
 from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
-from plarv_schemas.kafka_clients import require_kafka
 from plarv_schemas.kafka_connection import connect_to
+from plarv_schemas.kafka_types import require_kafka
 
 pytest.importorskip("kafka")
 pytest.importorskip("pyarrow")
