@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import warnings
 from typing import Dict, List, Optional
 
 from tests.fleets import TopicsOnTest
@@ -12,12 +14,13 @@ from tests.processors.logs import names
 
 from plarv_schemas.events import Event
 from plarv_schemas.kafka_clients import open_producer
-from plarv_schemas.messages import Message
+from plarv_schemas.messages import Message, decode_events
 
 __all__ = ["Load"]
 
 _PAUSE_S = 0.02  # between two messages
 _AT_ONCE = 3  # runs that go on beside each other
+_END_S = 200.0  # longer than the producer tries
 _LONGEST = 16  # events of a message
 
 
@@ -36,19 +39,25 @@ class Load:
         self._events: Dict[str, List[Event]] = {}
         self._is_last = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        # kafka-python leaves sockets that were refused to the collector, which warns of them.
+        self._quiet = warnings.catch_warnings()
 
     def __enter__(self) -> Load:
+        self._quiet.__enter__()
+        warnings.simplefilter("ignore", ResourceWarning)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_last.set()
-        self._thread.join(90)
+        self._thread.join(_END_S)
+        gc.collect()
+        self._quiet.__exit__(None, None, None)
 
     def finish(self) -> None:
         """No new runs; returns once all that was begun is acknowledged."""
         self._is_last.set()
-        self._thread.join(90)
+        self._thread.join(_END_S)
         assert not self._thread.is_alive(), "the load did not come to its end"
         assert not self.errors, self.errors[0]
         assert self.acknowledged == self.sent
@@ -93,11 +102,16 @@ class Load:
     def _begin(self, number: int) -> List[Message]:
         stream = self._rng.choice(names)
         events = named(stream, f"{stream}-{number}", 200 + 100 * self._rng.randint(0, 2))
-        self._events[events[0].run_id] = events
         sessions = sessions_of(events)
         if len(sessions) > 1:
-            return side_by_side(self._rng, sessions)
-        return messages_of(self._rng, events, _LONGEST)
+            messages = side_by_side(self._rng, sessions)
+        else:
+            messages = messages_of(self._rng, events, _LONGEST)
+        # As a reader gets them: most columns are float32.
+        self._events[events[0].run_id] = [
+            event for each in messages for event in decode_events(each.headers, each.value)
+        ]
+        return messages
 
     def _heard(self, _: Optional[object]) -> None:
         self.acknowledged += 1

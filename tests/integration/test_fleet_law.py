@@ -261,7 +261,7 @@ def test_orders_that_are_not_to_be_obeyed_are_refused_counted_and_told(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:
     worker = WorkerProcess(fleet, tmp_path)
-    good = _order("run", "stop")
+    good, bare = _order("run", "stop"), _order("run", "stop")
     altered = good.to_bytes().replace(b"stop", b"pause")
     with workers(worker):
         fleet.put_events(going_wrong("run"))
@@ -274,7 +274,7 @@ def test_orders_that_are_not_to_be_obeyed_are_refused_counted_and_told(
         _give(fleet, good, to="other")
         fleet.put(fleet.topics.orders, [Message(b"run", altered, _signed(good))])
         fleet.put(fleet.topics.orders, [Message(b"run", b"\xff{", _signed(good))])
-        fleet.put(fleet.topics.orders, [Message(b"run", good.to_bytes(), [])])
+        fleet.put(fleet.topics.orders, [Message(b"run", bare.to_bytes(), [])])
         until("all are refused", lambda: worker.metric("argus_orders_total") == 8)
         drain(fleet, "middle")
         told = {str(event.data["why"]) for event in controls(fleet, "run", "action_refused")}
