@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from functools import lru_cache
 from itertools import accumulate
 from typing import List, Sequence
 
@@ -117,6 +118,7 @@ def kendall_s(values: Sequence[float]) -> int:
     return s
 
 
+@lru_cache(maxsize=64)  # every run's detector asks for the same ones; nobody changes them
 def kendall_thresholds(most: int, p: float) -> array[int]:
     """For 0 to ``most`` values the smallest S that noise reaches with a chance below ``p``.
 

@@ -31,7 +31,7 @@ def _says(detector: Raising | Hanging, event: StepEvent) -> Tuple[Verdict, ...]:
         return ()
     return (
         verdict(
-            detector, event, kind="seen", level="INFO", state="open", onset_step=event.step,
+            detector, event, kind="seen", level="warn", state="opened", onset_step=event.step,
             score=1.0, threshold=1.0, evidence={}, message=f"step {event.step}",
         ),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type
+from typing import Any, Callable, Dict, Generator, List, Mapping, Optional, Sequence, Type
 
 from tests.fleets import MASTER_KEY, TopicsOnTest
 from tests.processors.logs import log_of
@@ -154,7 +154,7 @@ class WorkerProcess:
 
 
 @contextmanager
-def workers(*each: WorkerProcess) -> Iterator[None]:
+def workers(*each: WorkerProcess) -> Generator[None, None, None]:
     """Started and ready; ended at the end, also where the test fails."""
     try:
         for worker in each:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import threading
 import warnings
-from typing import Dict, List, Optional
+from typing import Dict, List
 
 from tests.fleets import TopicsOnTest
 from tests.integration.fleet import folded_runs, messages_of, named, sessions_of, side_by_side
@@ -14,6 +15,7 @@ from tests.processors.logs import names
 
 from plarv_schemas.events import Event
 from plarv_schemas.kafka_clients import open_producer
+from plarv_schemas.kafka_types import Producer, Sending
 from plarv_schemas.messages import Message, decode_events
 
 __all__ = ["Load"]
@@ -39,10 +41,14 @@ class Load:
         self._events: Dict[str, List[Event]] = {}
         self._is_last = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
-        # kafka-python leaves sockets that were refused to the collector, which warns of them.
+        # kafka-python leaves sockets that were refused to the collector, which warns of them, and
+        # what it logs about them keeps them beyond the test.
         self._quiet = warnings.catch_warnings()
+        self._log = logging.getLogger("kafka")
+        self._log_level = self._log.level
 
     def __enter__(self) -> Load:
+        self._log.setLevel(logging.CRITICAL + 1)
         self._quiet.__enter__()
         warnings.simplefilter("ignore", ResourceWarning)
         self._thread.start()
@@ -53,6 +59,7 @@ class Load:
         self._thread.join(_END_S)
         gc.collect()
         self._quiet.__exit__(None, None, None)
+        self._log.setLevel(self._log_level)
 
     def finish(self) -> None:
         """No new runs; returns once all that was begun is acknowledged."""
@@ -86,10 +93,7 @@ class Load:
                 message = queue.pop(0)
                 if not queue:
                     going.remove(queue)
-                producer.send(
-                    self._fleet.topics.steps,
-                    key=message.key, value=message.value, headers=message.headers,
-                ).add_callback(self._heard).add_errback(self.errors.append)  # fmt: skip
+                self._send(producer, message)
                 self.sent += 1
                 if not self._is_last.is_set():
                     self._is_last.wait(_PAUSE_S)
@@ -113,5 +117,17 @@ class Load:
         ]
         return messages
 
-    def _heard(self, _: Optional[object]) -> None:
-        self.acknowledged += 1
+    def _send(self, producer: Producer, message: Message) -> None:
+        sending = producer.send(
+            self._fleet.topics.steps,
+            key=message.key,
+            value=message.value,
+            headers=message.headers,
+        )
+        sending.add_both(lambda _: self._heard(sending))
+
+    def _heard(self, sending: Sending) -> None:
+        if isinstance(sending.exception, Exception):
+            self.errors.append(sending.exception)
+        else:
+            self.acknowledged += 1

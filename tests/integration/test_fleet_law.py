@@ -140,7 +140,7 @@ def test_a_message_that_cannot_be_read_goes_to_the_dead_letters_once(
         "key": foreign,
         "cut": healthy[1]._replace(value=healthy[1].value[:-70]),
     }
-    with workers(WorkerProcess(fleet, tmp_path)) as _:
+    with workers(WorkerProcess(fleet, tmp_path)):
         messages = [healthy[0], *poison.values(), *healthy[1:]]
         fleet.put(fleet.topics.steps, messages)
         drain(fleet)
@@ -175,7 +175,7 @@ def test_an_attempt_after_the_end_goes_on_in_a_worker_that_was_killed(
 
 
 def test_a_rank_that_falls_silent_is_ended_by_an_event(fleet: TopicsOnTest, tmp_path: Path) -> None:
-    events = [event for event in going_wrong("quiet")]
+    events = going_wrong("quiet")
     with workers(WorkerProcess(fleet, tmp_path, "w1", "--silent-after", "2")):
         fleet.put_events(events)
         until("the silence is told", lambda: len(controls(fleet, "quiet", "rank_silent")) == 1)
@@ -232,7 +232,7 @@ def test_snapshots_that_cannot_be_read_cost_time_and_nothing_else(
 def test_an_order_becomes_an_event_and_its_answer_a_signed_action(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:
-    with workers(WorkerProcess(fleet, tmp_path)) as _:
+    with workers(WorkerProcess(fleet, tmp_path)):
         fleet.put_events(going_wrong("run"))
         drain(fleet, "before")
         order = _order("run", "stop")

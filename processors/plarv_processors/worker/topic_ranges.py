@@ -25,7 +25,7 @@ def new_consumer(connection: Connection, **options: Any) -> Any:
         auto_offset_reset="none",
         max_partition_fetch_bytes=4 * 1024 * 1024,
         fetch_max_wait_ms=50,
-        retry_backoff_ms=200,
+        retry_backoff_ms=50,
         **options,
     )
 
