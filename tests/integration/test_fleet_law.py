@@ -32,10 +32,11 @@ from tests.processors.logs import names
 
 from plarv_processors.detectors import BUILTIN
 from plarv_processors.snapshot import unpack
+from plarv_schemas import arrow
 from plarv_schemas.messages import Message, decode_action, event_messages
 from plarv_schemas.signatures import Order, run_key, sign, verify
 from plarv_schemas.topic_reader import open_topic
-from plarv_schemas.topics import SCHEMA_HEADER, SIGNATURE_HEADER, TABLE_HEADER, header
+from plarv_schemas.topics import SIGNATURE_HEADER, TABLE_HEADER, header
 from plarv_schemas.versions import SCHEMA_VERSION
 
 RANKS = ("fleet", "straggler", "disagreement")
@@ -125,18 +126,13 @@ def test_a_message_that_cannot_be_read_goes_to_the_dead_letters_once(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:
     healthy = event_messages(going_wrong("good"))
-    (newer, *_) = event_messages(going_wrong("good", session="newer"))
-    newer = newer._replace(
-        headers=[
-            (name, str(SCHEMA_VERSION + 1).encode() if name == SCHEMA_HEADER else value)
-            for name, value in newer.headers
-        ]
-    )
+    newer = _of_a_newer_version(event_messages(going_wrong("good", session="newer"))[1])
     foreign = event_messages(going_wrong("stranger"))[0]._replace(key=b"good")
     steps = [(TABLE_HEADER, b"steps")]
     poison = {
         "garbage": Message(b"good", b"\x00garbage\xff" * 9, steps),
         "empty": Message(b"good", b"", steps),
+        "newer": newer,
         "key": foreign,
         "cut": healthy[1]._replace(value=healthy[1].value[:-70]),
     }
@@ -148,7 +144,10 @@ def test_a_message_that_cannot_be_read_goes_to_the_dead_letters_once(
     assert sorted(letter.value or b"" for letter in letters) == sorted(
         message.value for message in poison.values()
     )
-    assert all(header(letter.headers, "argus-reason") for letter in letters)
+    reasons = {letter.value: header(letter.headers, "argus-reason") or "" for letter in letters}
+    assert all(reasons.values())
+    assert "is newer than this Argus" in reasons[newer.value]
+    assert "the message's key is not the run id" in reasons[foreign.value]
     places = [header(letter.headers, "argus-source-offset") for letter in letters]
     assert len(set(places)) == len(poison)
     records = assert_log_and_results_agree(fleet)
@@ -217,11 +216,10 @@ def test_snapshots_that_cannot_be_read_cost_time_and_nothing_else(
         ends = _ends(fleet)
         until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
         worker.kill()
-        for record in fleet.records(fleet.topics.snapshots):
-            fleet.put(
-                fleet.topics.snapshots, [Message(record.key or b"", b"garbage", [])],
-                record.partition,
-            )  # fmt: skip
+        keys = {(each.partition, each.key or b"") for each in fleet.records(fleet.topics.snapshots)}
+        for partition in ends:
+            garbage = [Message(key, b"garbage", []) for place, key in keys if place == partition]
+            fleet.put(fleet.topics.snapshots, garbage, partition)
         worker.start().ready()
         assert "folding anew" in worker.said()
         fleet.put(fleet.topics.steps, second)
@@ -290,6 +288,15 @@ def test_orders_that_are_not_to_be_obeyed_are_refused_counted_and_told(
     assert not controls(fleet, "run", "order")
     assert not controls(fleet, "other", "order")
     assert_log_and_results_agree(fleet)
+
+
+def _of_a_newer_version(message: Message) -> Message:
+    batch: Any = arrow.from_ipc(message.value)
+    now, later = str(SCHEMA_VERSION).encode(), str(SCHEMA_VERSION + 1).encode()
+    metadata = {
+        name: later if value == now else value for name, value in batch.schema.metadata.items()
+    }
+    return message._replace(value=arrow.to_ipc(batch.replace_schema_metadata(metadata)))
 
 
 def _ended(worker: WorkerProcess) -> float:
