@@ -24,6 +24,7 @@ MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) 
 
 BROKERS = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose their ARGUS_*
 
+_WORKER = ("plarv_processors.app.", "plarv_processors.worker.")
 _left_out: Dict[str, List[str]] = {}
 
 if "hypothesis" not in MISSING:
@@ -78,7 +79,9 @@ def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:
     """Leaves out a test file that cannot be imported here; None: nothing to say about it."""
     if not MISSING or collection_path.suffix != ".py":
         return None
-    missing = _top_imports(collection_path) & MISSING
+    missing = {name.split(".")[0] for name in _top_imports(collection_path)} & MISSING
+    if "faust" in MISSING and _is_of_a_worker(collection_path):
+        missing.add("faust")
     for name in missing:
         _left_out.setdefault(name, []).append(collection_path.name)
     return True if missing else None
@@ -99,4 +102,11 @@ def _top_imports(path: Path) -> frozenset[str]:
             names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module or "")
-    return frozenset(name.split(".")[0] for name in names)
+    return frozenset(names)
+
+
+def _is_of_a_worker(path: Path) -> bool:
+    """Whether the file is a part of a fleet's worker, or takes one in: they import Faust."""
+    module = ".".join(path.with_suffix("").parts)
+    names = {f"{module[module.rfind('plarv_processors') :]}", *_top_imports(path)}
+    return any(f"{name}.".startswith(_WORKER) for name in names)

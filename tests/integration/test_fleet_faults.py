@@ -91,6 +91,7 @@ def test_a_detector_that_hangs_is_left_out_of_that_run_and_the_worker_goes_on(
         assert not controls(fleet, run_id, "detector_left_out")
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_killed_for_10_s_under_load_costs_nothing(
     own_broker: Any, topic_prefix: str, tmp_path: Path
 ) -> None:

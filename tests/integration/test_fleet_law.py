@@ -184,6 +184,7 @@ def test_a_rank_that_falls_silent_is_ended_by_an_event(fleet: TopicsOnTest, tmp_
     assert_log_and_results_agree(fleet)
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_from_its_snapshots_when_the_log_before_them_is_gone(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_worker_goes_on_from_its_snapshots_when_the_log_before_them_is_gone(
     assert_log_and_results_agree(fleet, removed=removed)
 
 
+@pytest.mark.slow
 def test_snapshots_that_cannot_be_read_cost_time_and_nothing_else(
     fleet: TopicsOnTest, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_missing_topics_are_named(
     assert all(state.partitions == 0 for state in states)  # it has not made them either
 
 
+@pytest.mark.slow
 def test_with_fail_open_the_run_goes_on_and_is_shipped_once_the_broker_comes(
     fleet: TopicsOnTest, own_broker: Any, topic_prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_message_is_full_with_512_steps() -> None:
 
 
 def test_long_events_fill_a_message_by_their_bytes() -> None:
+    pytest.importorskip("pyarrow")
     packer = Packer()
     long = tuple(float(number) for number in range(4000))
     for number in range(40):
@@ -145,6 +146,7 @@ def test_a_packer_that_was_cleared_begins_anew() -> None:
     ],
 )
 def test_the_estimate_of_an_event_is_about_right(columns: Dict[str, object]) -> None:
+    pytest.importorskip("pyarrow")
     events = [step(number, **columns) for number in range(64)]
     (message,) = event_messages(events)
     own = len(message.value) / 64
@@ -152,6 +154,7 @@ def test_the_estimate_of_an_event_is_about_right(columns: Dict[str, object]) -> 
 
 
 def test_the_estimate_of_a_control_event_covers_its_data() -> None:
+    pytest.importorskip("pyarrow")
     event = ControlEvent("run", "0" * 16, 0, 0, "session_started", data={"dtype": "x" * 2000})
     (message,) = event_messages([event])
     assert approximate_bytes(event) > 2000

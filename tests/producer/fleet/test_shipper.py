@@ -217,6 +217,7 @@ def test_where_the_brokers_take_no_long_message_it_sends_short_ones(
     assert distinct(arrived(fleet, RUN)) == journal_of(journal.folder)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_while_no_broker_answers(journal: Journal) -> None:
     deaf = Proxy()
     link = Link(connect_to(deaf.address), lambda: None)
@@ -243,6 +244,7 @@ def test_sessions_are_shipped_in_the_order_in_which_they_began(tmp_path: Path) -
     assert sessions_to_ship(folder) == [(0, name) for name in names]  # an operator's is left out
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_killed_for_a_while_loses_nothing(
     own_broker: Any,
     topic_prefix: str,
@@ -282,6 +284,7 @@ def test_a_broker_that_is_killed_for_a_while_loses_nothing(
     assert longest < 1.0  # the loop notices nothing; a busy machine may
 
 
+@pytest.mark.slow
 def test_kill_9_of_child_and_broker_at_once_loses_nothing(
     own_broker: Any, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,6 +347,7 @@ def test_a_child_that_was_killed_is_followed_by_another_and_nothing_is_lost(
     assert len(list(read_lines(folder_of(argus) / VERDICTS_FILE))) == 1
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_again_and_again_costs_no_event(fleet: TopicsOnTest) -> None:
     argus = Argus(run_id=RUN)
     for round_ in range(3):
