@@ -6,14 +6,11 @@ choice. Times are those of the machine's monotonic clock, which all its processe
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from typing import Any, Dict, List, Mapping, Type
 
 from plarv import Argus
-from workloads import Curve
+from workloads import Curve, serve
 
 _WARM_UP = 200  # steps
 _LOST_EVERY = 20  # steps from one loss that is no number to the next: found, and gone after 16
@@ -125,16 +122,5 @@ WORKLOADS: Mapping[str, Type[Any]] = {
 }
 
 
-def main() -> None:
-    """Serves one workload until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a package prints stays out of the answers
-    workload = WORKLOADS[sys.argv[1]]()
-    for line in sys.stdin:
-        method, given = json.loads(line)
-        answers.write(json.dumps(getattr(workload, method)(**given)) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(WORKLOADS)

@@ -364,9 +364,14 @@ def _resident_mb() -> Dict[str, float]:
 def main() -> None:
     """Serves one workload until stdin ends."""
     sys.path.extend(sys.argv[2:])
+    serve(WORKLOADS)
+
+
+def serve(workloads: Mapping[str, Type[Any]]) -> None:
+    """Serves the workload that the command line names: a line of JSON in, a line out."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a package prints stays out of the answers
-    workload = WORKLOADS[sys.argv[1]]()
+    workload = workloads[sys.argv[1]]()
     for line in sys.stdin:
         method, given = json.loads(line)
         answers.write(json.dumps(getattr(workload, method)(**given)) + "\n")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 from plarv_schemas.kafka_clients import producer_client
 from plarv_schemas.kafka_connection import Connection
+from plarv_schemas.messages import Message
 from plarv_schemas.topic_reader import Record, TopicRange, open_topic
 from plarv_schemas.topics import Topics, header, make_headers
 
-__all__ = ["DeadLetter", "read_dead_letters", "send_again"]
+__all__ = ["DeadLetter", "letter_of", "read_dead_letters", "send_again"]
 
 REASON_HEADER = "argus-reason"
 SOURCE_TOPIC_HEADER = "argus-source-topic"
@@ -20,6 +21,7 @@ SENT_HEADER = "argus-sent"  # of a marker: the offset, in its partition, of the 
 
 _ADDED = (REASON_HEADER, SOURCE_TOPIC_HEADER, SOURCE_PARTITION_HEADER, SOURCE_OFFSET_HEADER)
 _ACKNOWLEDGED_S = 30.0
+_MAX_REASON = 500  # characters
 _MAX_BYTES = 4 * 1024 * 1024
 
 _Source = Tuple[str, str, str]  # topic, partition, offset
@@ -38,6 +40,21 @@ class DeadLetter(NamedTuple):
     source_partition: str
     source_offset: str
     sent: bool  # again
+
+
+def letter_of(message: Any, source_topic: str, reason: str) -> Message:
+    """The letter about a message that a client received: its own key, headers and value, and why.
+
+    ``message``: any client's, with partition, offset, key, headers and value.
+    """
+    headers: Dict[str, bytes] = {
+        **dict(message.headers or {}),
+        REASON_HEADER: reason[:_MAX_REASON].encode("utf-8"),
+        SOURCE_TOPIC_HEADER: source_topic.encode("utf-8"),
+        SOURCE_PARTITION_HEADER: str(message.partition).encode("ascii"),
+        SOURCE_OFFSET_HEADER: str(message.offset).encode("ascii"),
+    }
+    return Message(message.key or b"", message.value or b"", list(headers.items()))
 
 
 def read_dead_letters(connection: Connection, topics: Topics) -> List[DeadLetter]:

@@ -14,7 +14,7 @@ from plarv_processors.snapshot import dump, pack, restore, unpack
 from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
 from plarv_schemas.versions import SNAPSHOT_VERSION
 
-__all__ = ["Engine", "EngineConfig"]
+__all__ = ["Engine", "EngineConfig", "left_out_by"]
 
 _Update = Callable[[StepEvent], Tuple[Verdict, ...]]
 _NEVER = 1 << 62
@@ -225,6 +225,19 @@ class Engine:
 
     def _stamp(self, found: Verdict) -> Verdict:
         return found._replace(attempt=self.attempt, ordinal=self.ordinal)
+
+
+def left_out_by(event: Event) -> Optional[Tuple[str, int]]:
+    """(detector, last ordinal that it was called for), where the event leaves a detector out.
+
+    What :meth:`Engine.leave_out` takes; None: it is no such event, or names none.
+    """
+    if not isinstance(event, ControlEvent) or event.kind != "detector_left_out":
+        return None
+    detector, ordinal = event.data.get("detector"), event.data.get("ordinal")
+    if isinstance(detector, str) and isinstance(ordinal, int):
+        return detector, ordinal
+    return None
 
 
 _OWN = (

@@ -37,6 +37,7 @@ __all__ = [
     "StepEvent",
     "Verdict",
     "VerdictState",
+    "digest",
     "from_json_value",
     "to_json_value",
 ]
@@ -191,7 +192,7 @@ class Verdict(NamedTuple):
     @property
     def id(self) -> str:
         """16 hex digits made from what the verdict is about, never from when it was computed."""
-        return _digest(
+        return digest(
             self.run_id, self.attempt, self.rank, self.step, self.version, self.kind, self.state
         )
 
@@ -231,7 +232,7 @@ class Action(NamedTuple):
     @property
     def id(self) -> str:
         """16 hex digits; one cause at one place gives one id."""
-        return _digest(
+        return digest(
             self.run_id, self.attempt, self.step, self.ordinal, self.kind, *self.verdict_ids
         )
 
@@ -278,6 +279,7 @@ def from_json_value(value: Any) -> Any:
     return value
 
 
-def _digest(*parts: Union[str, int, Sequence[str], None]) -> str:
+def digest(*parts: Union[str, int, Sequence[str], None]) -> str:
+    """16 hex digits made from what something is about: the same whenever they are made."""
     text = "\x1f".join("" if part is None else str(part) for part in parts)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()

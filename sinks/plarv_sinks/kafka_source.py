@@ -20,10 +20,10 @@ from typing import (
 )
 
 from plarv_processors.detectors import registered
-from plarv_processors.engine import Engine, EngineConfig
+from plarv_processors.engine import Engine, EngineConfig, left_out_by
 from plarv_processors.event_batch import EventBatch
 from plarv_processors.worker.decoding import Decoder
-from plarv_schemas.events import Action, ControlEvent, Event, Verdict
+from plarv_schemas.events import Action, Event, Verdict
 from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.messages import decode_action, decode_verdict
 from plarv_schemas.topic_reader import Record, TopicRange, TopicReader, open_topic
@@ -91,10 +91,9 @@ class FleetLog:
 
     def _note_left_out(self, events: Sequence[Event]) -> None:
         for event in events:
-            if not isinstance(event, ControlEvent) or event.kind != "detector_left_out":
-                continue
-            detector, ordinal = event.data.get("detector"), event.data.get("ordinal")
-            if isinstance(detector, str) and isinstance(ordinal, int):
+            found = left_out_by(event)
+            if found is not None:
+                detector, ordinal = found
                 of_run = self.left_out.setdefault(event.run_id, {})
                 of_run[detector] = min(ordinal, of_run.get(detector, ordinal))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterable, Iterator, Optional, Protocol, Tuple, Union
 
-from plarv_processors.engine import Engine, EngineConfig
+from plarv_processors.engine import Engine, EngineConfig, left_out_by
 from plarv_processors.stored_fold import base_of
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import require_pyarrow
@@ -149,10 +149,9 @@ def _left_out(path: Path) -> Iterator[Tuple[str, int]]:
     if not (path / "events.parquet").is_file():
         return
     for event in read_recorded_controls(path / "events.parquet"):
-        detector, ordinal = event.data.get("detector"), event.data.get("ordinal")
-        if event.kind == "detector_left_out" and isinstance(detector, str):
-            if isinstance(ordinal, int):
-                yield detector, ordinal
+        found = left_out_by(event)
+        if found is not None:
+            yield found
 
 
 def _open(path: Path, tell: Tell) -> Iterator[Event]:

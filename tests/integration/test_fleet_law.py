@@ -6,7 +6,7 @@ import random
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 
@@ -191,10 +191,7 @@ def test_a_worker_goes_on_from_its_snapshots_when_the_log_before_them_is_gone(
     first, second = _halves(random.Random(7))
     worker = WorkerProcess(fleet, tmp_path, "w1", "--snapshot-every", "0.2")
     with workers(worker):
-        fleet.put(fleet.topics.steps, first)
-        drain(fleet, "first")
-        ends = _ends(fleet)
-        until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
+        ends = _judged_and_saved(fleet, first)
         worker.kill()
         removed = folded_runs(fleet)
         _remove_log(fleet, ends)
@@ -213,10 +210,7 @@ def test_snapshots_that_cannot_be_read_cost_time_and_nothing_else(
     first, second = _halves(random.Random(8))
     worker = WorkerProcess(fleet, tmp_path, "w1", "--snapshot-every", "0.2")
     with workers(worker):
-        fleet.put(fleet.topics.steps, first)
-        drain(fleet, "first")
-        ends = _ends(fleet)
-        until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
+        ends = _judged_and_saved(fleet, first)
         worker.kill()
         keys = {(each.partition, each.key or b"") for each in fleet.records(fleet.topics.snapshots)}
         for partition in ends:
@@ -320,6 +314,15 @@ def _halves(rng: random.Random) -> List[List[Message]]:
 def _ends(fleet: TopicsOnTest) -> Dict[int, int]:
     with open_topic(fleet.connection, fleet.topics.steps) as reader:
         return {partition: span.end for partition, span in reader.ranges().items()}
+
+
+def _judged_and_saved(fleet: TopicsOnTest, messages: Sequence[Message]) -> Dict[int, int]:
+    """Waits until the messages are judged and all states are in snapshots: where the log ends."""
+    fleet.put(fleet.topics.steps, messages)
+    drain(fleet, "first")
+    ends = _ends(fleet)
+    until("every lane is saved", lambda: _saved(fleet) == [ends] * 13)
+    return ends
 
 
 def _saved(fleet: TopicsOnTest) -> List[Dict[int, int]]:

@@ -17,8 +17,7 @@ from plarv.cli import main
 from plarv.exceptions import ArgusConfigurationError, ArgusConnectionError
 from plarv.fleet.orders import note_resumed
 from plarv.fleet.record_files import RecordFiles
-from plarv_processors.worker.identities import session_of
-from plarv_schemas.events import Action, ControlEvent, Event, Verdict
+from plarv_schemas.events import Action, ControlEvent, Event, Verdict, digest
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_schemas.messages import Message, event_messages
 from plarv_schemas.records import ACTIONS_FILE, paused_by, read_lines
@@ -214,7 +213,7 @@ def test_the_answer_says_what_the_run_will_do(
 def test_an_order_that_the_fleet_refuses_says_why(fleet: TopicsOnTest, argus: Run) -> None:
     def refuse(order: Order) -> Tuple[str, List[Message]]:
         why = "it is for attempt 3, and this is 4"
-        session = session_of("refused", order.run_id, order.id, why)
+        session = digest("refused", order.run_id, order.id, why)
         data = {"order": order.id, "why": why}
         event = ControlEvent("run", session, 0, None, "action_refused", data=data)
         other = event._replace(data={"order": "another", "why": "not yours"}, session="b" * 16)

@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any, Dict, List, Mapping, Tuple, Type
 
+from plarv_processors.dead_letters import letter_of
 from plarv_processors.detector_fold import DetectorFold
 from plarv_processors.detectors.detector import Detector
 from plarv_processors.event_batch import EventBatch
@@ -20,8 +21,7 @@ from plarv_processors.worker.shell import Shell, fatal
 from plarv_processors.worker.watchdog import Watchdog
 from plarv_processors.worker.watermarks import Watermarks
 from plarv_schemas.events import Verdict
-from plarv_schemas.messages import LeftOut, Message, verdict_message
-from plarv_schemas.topics import make_headers
+from plarv_schemas.messages import LeftOut, verdict_message
 from plarv_schemas.versions import SNAPSHOT_VERSION
 
 __all__ = ["DetectorShell"]
@@ -162,18 +162,7 @@ class DetectorShell(Shell):
             message.partition, message.offset, poison.reason,
         )  # fmt: skip
         self.health.dead_letter()
-        headers = dict(message.headers or {})
-        headers.update(
-            make_headers(
-                **{
-                    "reason": poison.reason[:500],
-                    "source-topic": self.config.topics.steps,
-                    "source-partition": message.partition,
-                    "source-offset": message.offset,
-                }
-            )
-        )
-        letter = Message(message.key or b"", message.value or b"", list(headers.items()))
+        letter = letter_of(message, self.config.topics.steps, poison.reason)
         await send(self.app, self.config.topics.dead_letters, None, letter)
 
     def _positions(self) -> Dict[int, Dict[str, int]]:

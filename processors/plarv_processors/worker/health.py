@@ -115,7 +115,7 @@ class Health:
         """Whether an app's states are being rebuilt."""
         self._rebuilding[app] = is_on
 
-    def rebuilt(self, app: str, partitions: int, seconds: float) -> None:
+    def rebuilt(self, app: str, seconds: float) -> None:
         """An app's states are whole."""
         self._rebuild_s.labels(app).set(seconds)
 

@@ -8,9 +8,8 @@ from typing import Any, Awaitable, Callable, Dict
 
 from plarv_processors.worker.config import WorkerConfig
 from plarv_processors.worker.health import Health
-from plarv_processors.worker.identities import session_of
 from plarv_processors.worker.policy_lane import PolicyLane
-from plarv_schemas.events import ControlEvent
+from plarv_schemas.events import ControlEvent, digest
 from plarv_schemas.signatures import Order, run_key, verify
 from plarv_schemas.topics import SIGNATURE_HEADER, header
 
@@ -52,11 +51,11 @@ class OrderDesk:
             _log.warning("run %s: order %s refused: %s", order.run_id, order.order[:40], why)
             if not self._may_write(order, record, lane):
                 return
-            kind, session = "action_refused", session_of("refused", order.run_id, order.id, why)
+            kind, session = "action_refused", digest("refused", order.run_id, order.id, why)
             data = {"order": order.id[:64], "why": why}
         else:
             self._health.order("accepted")
-            kind, session = "order", session_of("order", order.run_id, order.id)
+            kind, session = "order", digest("order", order.run_id, order.id)
             data = {"order": order.order, "operator": order.operator, "id": order.id}
         event = ControlEvent(
             run_id=order.run_id,

@@ -18,14 +18,13 @@ from plarv_processors.worker.config import WorkerConfig
 from plarv_processors.worker.decoding import Decoder, Poison
 from plarv_processors.worker.faust_app import new_app, send
 from plarv_processors.worker.health import Health
-from plarv_processors.worker.identities import session_of
 from plarv_processors.worker.lane import Lane
 from plarv_processors.worker.orders import OrderDesk
 from plarv_processors.worker.policy_lane import PolicyLane
 from plarv_processors.worker.policy_reader import PolicyReader
 from plarv_processors.worker.shell import Shell, fatal
 from plarv_processors.worker.silence import Silence
-from plarv_schemas.events import Action, ControlEvent
+from plarv_schemas.events import Action, ControlEvent, digest
 from plarv_schemas.messages import LeftOut, action_message, event_messages
 from plarv_schemas.signatures import run_key, sign
 from plarv_schemas.topics import SIGNATURE_HEADER
@@ -48,8 +47,8 @@ class PolicyShell(Shell):
         awaited = config.all_detectors if config.awaited is None else config.awaited
         self._awaited = [(cls.name, cls().version) for cls in awaited]
         made_of = repr((config.policy, self._awaited))
-        digest = hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest()
-        self._name = f"{config.policy_group}/policy-{digest}/{SNAPSHOT_VERSION}"
+        fingerprint = hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest()
+        self._name = f"{config.policy_group}/policy-{fingerprint}/{SNAPSHOT_VERSION}"
         self._tasks: Dict[int, asyncio.Task[None]] = {}
         self._silence = Silence(config.silent_after_s)
         desk = OrderDesk(config, health, self.write)
@@ -207,7 +206,7 @@ class PolicyShell(Shell):
 def _left_out_event(note: LeftOut, ordinal: int) -> ControlEvent:
     return ControlEvent(
         run_id=note.run_id,
-        session=session_of("detector_left_out", note.run_id, note.detector),
+        session=digest("detector_left_out", note.run_id, note.detector),
         record=0,
         rank=None,
         kind="detector_left_out",

@@ -133,7 +133,7 @@ class Shell:
         gc.collect()
         gc.freeze()  # states live long: looking through them all again would be a pause for nothing
         self.health.rebuilding(self._label, False)
-        self.health.rebuilt(self._label, len(at), time.monotonic() - began)
+        self.health.rebuilt(self._label, time.monotonic() - began)
 
     async def _committed(self) -> Dict[int, int]:
         """The group's committed offset of each of our partitions; 0 where there is none."""

@@ -6,8 +6,7 @@ import time
 from typing import Dict, Iterator, List, Tuple
 
 from plarv_processors.event_batch import EventBatch
-from plarv_processors.worker.identities import session_of
-from plarv_schemas.events import ControlEvent
+from plarv_schemas.events import ControlEvent, digest
 
 __all__ = ["Silence"]
 
@@ -65,7 +64,7 @@ class Silence:
 def _event(run_id: str, session: str, rank: int, record: int) -> ControlEvent:
     return ControlEvent(
         run_id=run_id,
-        session=session_of("rank_silent", run_id, session, record),
+        session=digest("rank_silent", run_id, session, record),
         record=0,
         rank=None,
         kind="rank_silent",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Type
 
 from plarv import settings
+from plarv.cli.brokers import add_broker_option, fleet_of
 from plarv.cli.complaint import Complaint, tell
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add_to(commands: Any) -> None:
         description="Reads the fleet's log, runs the detectors over it, and decides what to do. "
         "Start as many as there is work for: they share the partitions.",
     )
-    parser.add_argument("--brokers", metavar="HOST:PORT", help="default: ARGUS_BROKERS")
+    add_broker_option(parser)
     parser.add_argument(
         "--detectors", metavar="NAMES", help="only these, separated by commas (default: all twelve)"
     )
@@ -78,31 +79,19 @@ def _worker(options: argparse.Namespace) -> int:
         raise Complaint(
             f"a worker needs Faust ({error}): pip install 'plarv-argus-sdk[engine]'"
         ) from error
-    from plarv.exceptions import ArgusConfigurationError
-    from plarv.fleet.connection import fleet_connection, fleet_topics, master_key
 
     _set_up_logging(options.verbose)
-    try:
-        connection, topics, key = fleet_connection(options.brokers), fleet_topics(), master_key()
-    except ArgusConfigurationError as error:
-        raise Complaint(str(error)) from error
-    detectors, everyone = _detectors(options.detectors)
-    awaited = None if options.awaited is None else _detectors(options.awaited)[0]
-    _wait_for_topics(connection, topics, options.partitions)
+    config = _config(options)
+    _wait_for_topics(config.connection, config.topics, options.partitions)
     root = options.state_dir or Path(settings.text("ARGUS_DIR")) / "workers"
     try:
         name, folder, lock = take_name(root, socket.gethostname(), options.name)
     except ValueError as error:
         raise Complaint(str(error), 1) from error
-    config = dataclasses.replace(
-        _config(options, connection, topics, detectors, everyone),
-        name=name,
-        state_dir=folder,
-        awaited=awaited,
-        master_key=key,
-    )
-    tell(f"worker {name}: {_what(config)}, log {topics.steps} at {', '.join(connection.brokers)}")
-    if config.run_policy and not key:
+    config = dataclasses.replace(config, name=name, state_dir=folder)
+    where = ", ".join(config.connection.brokers)
+    tell(f"worker {name}: {_what(config)}, log {config.topics.steps} at {where}")
+    if config.run_policy and not config.master_key:
         tell("no ARGUS_MASTER_KEY: actions are not signed, and orders are refused")
     try:
         return run_worker(config, ready=tell)
@@ -112,21 +101,21 @@ def _worker(options: argparse.Namespace) -> int:
         lock.release()
 
 
-def _config(
-    options: argparse.Namespace,
-    connection: Connection,
-    topics: Topics,
-    detectors: Tuple[Type[Detector], ...],
-    everyone: Tuple[Type[Detector], ...],
-) -> WorkerConfig:
+def _config(options: argparse.Namespace) -> WorkerConfig:
+    """What the options and settings say; the name and the folder are still to be taken."""
+    from plarv.fleet.connection import master_key
     from plarv_processors.app import WorkerConfig
 
+    fleet = fleet_of(options)
+    detectors, everyone = _detectors(options.detectors)
     return WorkerConfig(
-        connection=connection,
+        connection=fleet.connection,
         detectors=detectors,
         all_detectors=everyone,
-        topics=topics,
+        topics=fleet.topics,
         run_policy=not options.no_policy,
+        awaited=None if options.awaited is None else _detectors(options.awaited)[0],
+        master_key=master_key(),
         snapshot_s=options.snapshot_every,
         silent_after_s=options.silent_after,
         metrics_port=options.metrics_port,

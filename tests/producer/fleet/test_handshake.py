@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Tuple
 
 import pytest
 from tests.fleets import TopicsOnTest
@@ -132,33 +132,20 @@ def test_with_fail_open_and_a_broker_that_never_answers_the_exit_is_in_time(
 
 
 def test_a_broker_that_stops_to_answer_costs_the_exit_two_seconds(
-    tmp_path: Path,
-    topic_prefix: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    proxied: Tuple[TopicsOnTest, Proxy], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.brokers import own_broker as start_broker
-
-    monkeypatch.setenv("ARGUS_TOPIC_PREFIX", topic_prefix)
-    proxy = Proxy()
-    broker = start_broker(tmp_path / "broker", advertised_port=proxy.port)
-    proxy.target = ("127.0.0.1", int(broker.address.rpartition(":")[2]))
-    try:
-        fleet = TopicsOnTest(proxy.address, topic_prefix)
-        argus = Argus(run_id="a-run", brokers=proxy.address)
-        healthy(argus, 10)
-        until(lambda: len(arrived(fleet, "a-run")) > 1)
-        until(lambda: transport_of(argus).describe() == "")
-        proxy.deaf = True
-        argus.step(2.0)
-        begin = time.monotonic()
-        argus.complete()
-        assert time.monotonic() - begin < 2.5
-        assert "2 events not shipped yet" in capsys.readouterr().err
-        proxy.deaf = False
-    finally:
-        broker.stop()
-        proxy.close()
+    fleet, proxy = proxied
+    argus = Argus(run_id="a-run", brokers=proxy.address)
+    healthy(argus, 10)
+    until(lambda: len(arrived(fleet, "a-run")) > 1)
+    until(lambda: transport_of(argus).describe() == "")
+    proxy.deaf = True
+    argus.step(2.0)
+    begin = time.monotonic()
+    argus.complete()
+    assert time.monotonic() - begin < 2.5
+    assert "2 events not shipped yet" in capsys.readouterr().err
+    proxy.deaf = False
 
 
 @pytest.fixture(scope="module")

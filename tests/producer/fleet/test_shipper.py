@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 from tests.fleets import TopicsOnTest
@@ -320,28 +320,18 @@ def test_kill_9_of_child_and_broker_at_once_loses_nothing(
 
 
 def test_over_a_link_of_100_ms_a_message_holds_what_a_round_trip_brings(
-    tmp_path: Path, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
+    proxied: Tuple[TopicsOnTest, Proxy],
 ) -> None:
-    from tests.brokers import own_broker as start_broker
-
-    monkeypatch.setenv("ARGUS_TOPIC_PREFIX", topic_prefix)
-    proxy = Proxy()
-    broker = start_broker(tmp_path / "broker", advertised_port=proxy.port)
-    proxy.target = ("127.0.0.1", int(broker.address.rpartition(":")[2]))
-    try:
-        fleet = TopicsOnTest(proxy.address, topic_prefix)
-        proxy.delay_s = 0.05  # each way
-        argus = Argus(run_id=RUN, brokers=proxy.address)
-        for _ in range(500):
-            argus.step(2.0, 1.0)
-            time.sleep(0.005)
-        argus.complete()
-        until(lambda: transport_of(argus).describe() == "")
-        proxy.delay_s = 0.0
-        messages = arrived(fleet, RUN)
-        assert shipped(fleet, folder_of(argus))
-        sizes = [len(message) for message in messages[2:-2]]
-        assert 5 <= sum(sizes) / len(sizes) <= 60
-    finally:
-        broker.stop()
-        proxy.close()
+    fleet, proxy = proxied
+    proxy.delay_s = 0.05  # each way
+    argus = Argus(run_id=RUN, brokers=proxy.address)
+    for _ in range(500):
+        argus.step(2.0, 1.0)
+        time.sleep(0.005)
+    argus.complete()
+    until(lambda: transport_of(argus).describe() == "")
+    proxy.delay_s = 0.0
+    messages = arrived(fleet, RUN)
+    assert shipped(fleet, folder_of(argus))
+    sizes = [len(message) for message in messages[2:-2]]
+    assert 5 <= sum(sizes) / len(sizes) <= 60
