@@ -64,10 +64,19 @@ class Attempts:
         """The attempt of all events of a batch at once; None: they must be placed one by one."""
         if not batch.is_plain:
             return None
-        known = self._sessions.get(batch.session)
-        if known is None or batch.first_record <= known[_RECORD] or batch.first_step < known[_STEP]:
+        records = (batch.first_record, batch.last_record)
+        return self.place_span(batch.session, records, (batch.first_step, batch.last_step))
+
+    def place_span(
+        self, session: str, records: Tuple[int, int], steps: Tuple[int, int]
+    ) -> Optional[int]:
+        """The attempt of steps of one session whose records ascend from the first to the last, and
+        whose steps do not go back; None: they must be placed one by one.
+        """
+        known = self._sessions.get(session)
+        if known is None or records[0] <= known[_RECORD] or steps[0] < known[_STEP]:
             return None
-        known[_RECORD], known[_STEP], known[_ENDED] = batch.last_record, batch.last_step, 0
+        known[_RECORD], known[_STEP], known[_ENDED] = records[1], steps[1], 0
         self._steps_seen = True
         return known[_ATTEMPT]
 

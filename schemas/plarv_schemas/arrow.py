@@ -1,4 +1,4 @@
-"""The Arrow form of the four things that travel: one record batch is many of one kind.
+"""The Arrow form of what travels and is kept: one record batch is many of one kind.
 
 A batch carries its table's name and the schema version in its metadata. A column without a value is
 not sent, and a column of floats travels as float32 where that loses nothing; timings always do. A
@@ -31,16 +31,19 @@ __all__ = [
     "TableName",
     "decode_actions",
     "decode_controls",
+    "decode_runs",
     "decode_steps",
     "decode_verdicts",
     "encode_actions",
     "encode_controls",
+    "encode_runs",
     "encode_steps",
     "encode_verdicts",
     "extra_column",
     "file_schema",
     "from_ipc",
     "table_of",
+    "to_file_columns",
     "to_ipc",
 ]
 
@@ -139,6 +142,36 @@ def extra_column(batch: RecordBatch, name: Literal["ordinal", "attempt"]) -> Opt
     if name not in names:
         return None
     return cast(List[int], _checked(Column(name, "int", required=True), batch, names))
+
+
+def encode_runs(rows: Sequence[Tuple[Any, ...]]) -> RecordBatch:
+    """One row a run: the table's columns, in their order."""
+    return _encode("runs", rows, {}, file_schema("runs"))
+
+
+def decode_runs(batch: RecordBatch) -> List[Tuple[Any, ...]]:
+    """The inverse of `encode_runs`."""
+    return list(zip(*_decode("runs", batch)))
+
+
+def to_file_columns(table: TableName, batch: RecordBatch) -> List[Array]:
+    """The table's columns in the types of its files, those of the fold left out; nulls where none
+    was sent.
+
+    ValueError: as the decoders.
+    """
+    pa = require_pyarrow()
+    if table_of(batch.schema) not in (None, table):
+        raise ValueError(f"this batch holds {table_of(batch.schema)}, not {table}")
+    names = batch.schema.names
+    columns: List[Array] = []
+    for column in TABLE_COLUMNS[table]:
+        kind = _type_of(column.kind)
+        found = _found(column, batch, names)
+        if found is None:
+            found = cast(Array, pa.nulls(batch.num_rows, kind))
+        columns.append(found if found.type == kind else found.cast(kind))
+    return columns
 
 
 @lru_cache(maxsize=None)
@@ -268,6 +301,7 @@ def _type_of(kind: ValueKind) -> DataType:
         "texts": lambda: cast(DataType, pa.list_(pa.string())),
         "ints": lambda: cast(DataType, pa.list_(pa.int64())),
         "floats": lambda: cast(DataType, pa.list_(pa.float64())),
+        "bytes": pa.binary,
         "map": lambda: cast(DataType, pa.map_(pa.string(), pa.float64())),
         "sessions": lambda: cast(DataType, pa.list_(pa.struct(session))),
     }
@@ -288,19 +322,25 @@ def _decode(table: TableName, batch: RecordBatch) -> List[List[Any]]:
 
 
 def _checked(column: Column, batch: RecordBatch, names: Sequence[str]) -> List[Any]:
+    array = _found(column, batch, names)
+    return [None] * batch.num_rows if array is None else array.to_pylist()
+
+
+def _found(column: Column, batch: RecordBatch, names: Sequence[str]) -> Optional[Array]:
+    """The batch's column, where it was sent. ValueError: it is not what it must be."""
     times = names.count(column.name)
     if times > 1:
         raise ValueError(f"column {column.name} is there {times} times")
     if times == 0:
         if column.required:
             raise ValueError(f"column {column.name} is missing")
-        return [None] * batch.num_rows
+        return None
     array = batch.column(column.name)
     if not _fits(column.kind, cast(Any, array.type)):
         raise ValueError(f"column {column.name} holds {array.type}, which is not {column.kind}")
     if column.required and array.null_count:
         raise ValueError(f"column {column.name} has {array.null_count} missing values")
-    return array.to_pylist()
+    return array
 
 
 @lru_cache(maxsize=256)
@@ -326,6 +366,8 @@ def _fits_value(kind: str, found: Any) -> bool:
         checks = [types.is_integer]
     elif kind in ("float", "timing"):
         checks = [types.is_floating]
+    elif kind == "bytes":
+        checks = [types.is_binary, types.is_large_binary]
     else:
         checks = [types.is_map if kind == "map" else types.is_struct]
     return any(check(found) for check in checks)

@@ -1,16 +1,26 @@
-"""The columns of the four Arrow tables: their names, their kinds, and which are always there."""
+"""The columns of the Arrow tables: their names, their kinds, and which are always there."""
 
 from __future__ import annotations
 
 from typing import Dict, Literal, NamedTuple, Tuple
 
-__all__ = ["EXTRA_COLUMNS", "TABLES", "TABLE_COLUMNS", "Column", "TableName", "ValueKind"]
+__all__ = [
+    "EXTRA_COLUMNS",
+    "RUN_TABLES",
+    "TABLES",
+    "TABLE_COLUMNS",
+    "Column",
+    "TableName",
+    "ValueKind",
+]
 
-TableName = Literal["steps", "events", "verdicts", "actions"]
-TABLES: Tuple[TableName, ...] = ("steps", "events", "verdicts", "actions")
+TableName = Literal["steps", "events", "verdicts", "actions", "runs"]
+RUN_TABLES: Tuple[TableName, ...] = ("steps", "events", "verdicts", "actions")
+TABLES: Tuple[TableName, ...] = (*RUN_TABLES, "runs")
+"""What one run is made of, and the list of the runs of a store."""
 
 ValueKind = Literal[
-    "text", "int", "float", "timing", "texts", "ints", "floats", "json", "map", "sessions"
+    "text", "int", "float", "timing", "texts", "ints", "floats", "json", "map", "sessions", "bytes"
 ]
 
 
@@ -74,6 +84,15 @@ TABLE_COLUMNS: Dict[TableName, Tuple[Column, ...]] = {
         *_named("harm_pressure", "float", required=True),
         *_named("expiry_step", "int", required=True),
     ),
+    "runs": (
+        *_named("run_id", "text", required=True),
+        *_named("project status", "text"),
+        *_named("attempt num_events num_steps", "int", required=True),
+        *_named("world_size first_time_ns last_time_ns last_step", "int"),
+        *_named("last_loss", "float"),
+        *_named("started", "json"),
+        *_named("state", "bytes"),
+    ),
 }
 _PLACE_COLUMNS = _named("ordinal attempt", "int")  # set by a fold: optional beside steps and events
 _ID_COLUMN = _named("id", "text")  # of verdicts and actions: for readers, not read back
@@ -82,4 +101,5 @@ EXTRA_COLUMNS: Dict[TableName, Tuple[Column, ...]] = {
     "events": _PLACE_COLUMNS,
     "verdicts": _ID_COLUMN,
     "actions": _ID_COLUMN,
+    "runs": (),
 }

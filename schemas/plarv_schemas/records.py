@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Union
 
-from plarv_schemas.events import Action, ControlEvent
+from plarv_schemas.events import Action, ControlEvent, Verdict
 from plarv_schemas.run_log import read_run
 
-__all__ = ["ACTIONS_FILE", "FOLD_LOCK", "VERDICTS_FILE", "paused_by", "read_lines"]
+__all__ = ["ACTIONS_FILE", "FOLD_LOCK", "VERDICTS_FILE", "paused_by", "read_findings", "read_lines"]
 
 VERDICTS_FILE = "verdicts.jsonl"
 ACTIONS_FILE = "actions.jsonl"
@@ -32,6 +32,20 @@ def read_lines(path: Path) -> Iterator[Dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+def read_findings(folder: Path) -> Iterator[Union[Verdict, Action]]:
+    """The verdicts recorded in a run's folder, then its actions. OSError: unreadable.
+
+    Lines that were cut are left out.
+    """
+    for file, read in ((VERDICTS_FILE, Verdict.from_dict), (ACTIONS_FILE, Action.from_dict)):
+        for record in read_lines(folder / file):
+            try:
+                finding: Union[Verdict, Action] = read(record)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+            yield finding
 
 
 def paused_by(folder: Path) -> Optional[Action]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.stored_fold import base_of
 from plarv_schemas import arrow
-from plarv_schemas.arrow_columns import TABLES, TableName
+from plarv_schemas.arrow_columns import RUN_TABLES, TableName
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
 from plarv_schemas.journal_reader import segments_of
 from plarv_schemas.pyarrow_types import require_pyarrow
-from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, read_lines
+from plarv_schemas.records import read_findings
 from plarv_schemas.run_log import RunLog, is_run_dir
 from plarv_sinks.curve import ReplayError, Tell
 
-__all__ = ["Export", "export"]
+__all__ = ["Export", "export", "num_values"]
 
 _Row = Union[Event, Verdict, Action]
 _POLL_EVENTS = 256
@@ -63,14 +63,15 @@ def export(
     engine = Engine(EngineConfig())
     base = base_of(run_dir, engine)
     writers: Dict[TableName, _TableWriter] = {
-        table: _TableWriter(output / f"{table}.parquet", table) for table in TABLES
+        table: _TableWriter(output / f"{table}.parquet", table) for table in RUN_TABLES
     }
     log = RunLog(run_dir)
     try:
         if base is not None:
             _say_where_it_begins(run_dir, base, tell)
-            for finding in _recorded(run_dir, base):
-                writers["verdicts" if isinstance(finding, Verdict) else "actions"].add(finding)
+            for finding in read_findings(run_dir):
+                if finding.ordinal <= base:
+                    writers["verdicts" if isinstance(finding, Verdict) else "actions"].add(finding)
         _fold(log, engine, writers, run_dir, progress)
         rows: Dict[TableName, int] = {table: writer.close() for table, writer in writers.items()}
         for writer in writers.values():
@@ -133,7 +134,7 @@ class _TableWriter:
     def add(self, row: _Row, ordinal: int = -1, attempt: int = 0) -> None:
         self._rows.append(row)
         self._places.append((ordinal, attempt))
-        self._num_values += _num_values(row)
+        self._num_values += num_values(row)
         if self._num_values >= _GROUP_VALUES:
             self._flush()
 
@@ -175,7 +176,7 @@ class _TableWriter:
         self._rows, self._places, self._num_values = [], [], 0
 
 
-def _num_values(row: _Row) -> int:
+def num_values(row: _Row) -> int:
     """About how many values a row holds, so that long lists make short row groups."""
     if isinstance(row, StepEvent):
         values = 30
@@ -205,18 +206,6 @@ def _say_where_it_begins(run_dir: Path, base: int, tell: Tell) -> None:
     tell(f"{run_dir}: older segments were removed to bound the journal; steps begin{where}")
     if base < 0:
         tell(f"{run_dir}: the fold's state there is of another configuration: it starts anew")
-
-
-def _recorded(run_dir: Path, base: int) -> Iterator[Union[Verdict, Action]]:
-    """The verdicts and actions up to `base`, as the live fold wrote them down."""
-    for file, read in ((VERDICTS_FILE, Verdict.from_dict), (ACTIONS_FILE, Action.from_dict)):
-        for record in read_lines(run_dir / file):
-            try:
-                finding: Union[Verdict, Action] = read(record)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                continue  # a line that was cut
-            if finding.ordinal <= base:
-                yield finding
 
 
 def _take_base_along(run_dir: Path, output: Path, base: Optional[int]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import StoredFold
 from plarv_schemas import arrow
+from plarv_schemas.arrow_columns import RUN_TABLES
 from plarv_schemas.events import Verdict
 from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
@@ -21,7 +22,7 @@ from plarv_sinks.replay import ReplayError, engine_for, read_events, replay
 
 parquet: Any = pytest.importorskip("pyarrow.parquet")
 
-TABLES = ("steps", "events", "verdicts", "actions")
+
 
 
 def losses(num_steps: int, spike_at: int) -> List[float]:
@@ -139,13 +140,13 @@ def test_small_row_groups_change_nothing(
     monkeypatch.setattr(export_module, "_GROUP_VALUES", 1000)
     export(run_dir, tmp_path / "parts", tell=print)
     assert parquet.ParquetFile(tmp_path / "parts" / "steps.parquet").num_row_groups > 10
-    for table in TABLES:
+    for table in RUN_TABLES:
         assert rows(tmp_path / "whole", table) == rows(tmp_path / "parts", table)
 
 
 def test_every_file_has_the_tables_fixed_columns_and_version(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, tmp_path / "out", tell=print)
-    for table in arrow.TABLES:
+    for table in RUN_TABLES:
         schema = parquet.read_schema(tmp_path / "out" / f"{table}.parquet")
         assert schema.equals(arrow.file_schema(table))
         assert arrow.table_of(schema) == table
@@ -157,7 +158,7 @@ def test_a_second_export_replaces_the_first(run_dir: Path, tmp_path: Path) -> No
     export(run_dir, tmp_path / "out", tell=print)
     assert findings(tmp_path / "out") == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        f"{table}.parquet" for table in TABLES
+        f"{table}.parquet" for table in RUN_TABLES
     )
 
 

@@ -12,7 +12,7 @@ from plarv.cli.complaint import Complaint
 from plarv.cli.run_folders import RunState, find_run, run_folders, runs_root, state_of
 from plarv.cli.table import aligned
 from plarv_schemas.events import Action, Verdict
-from plarv_schemas.records import ACTIONS_FILE, VERDICTS_FILE, paused_by, read_lines
+from plarv_schemas.records import VERDICTS_FILE, paused_by, read_findings, read_lines
 
 __all__ = ["add_to"]
 
@@ -72,7 +72,7 @@ def _status(options: argparse.Namespace) -> int:
         folder = folders[0]
     else:
         folder = find_run(options.run)
-    findings = sorted(_recorded(folder), key=lambda finding: finding.ordinal)
+    findings = sorted(read_findings(folder), key=lambda finding: finding.ordinal)
     for line in aligned(list(_facts(_state(folder), findings))):
         sys.stdout.write(line + "\n")
     shown = findings[-_MAX_FINDINGS:]
@@ -117,19 +117,6 @@ def _open_verdicts(findings: Sequence[Union[Verdict, Action]]) -> List[Verdict]:
             if finding.state != "resolved":
                 found[place] = finding
     return list(found.values())
-
-
-def _recorded(folder: Path) -> Iterator[Union[Verdict, Action]]:
-    for record in read_lines(folder / VERDICTS_FILE):
-        try:
-            yield Verdict.from_dict(record)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue  # a line that was cut
-    for record in read_lines(folder / ACTIONS_FILE):
-        try:
-            yield Action.from_dict(record)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue
 
 
 def _state(folder: Path) -> RunState:

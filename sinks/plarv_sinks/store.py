@@ -1,0 +1,272 @@
+"""What is kept of all runs, as Parquet below one path or URI; see docs/store.md for the layout."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+from plarv_processors.engine import left_out_by
+from plarv_schemas import arrow
+from plarv_schemas.arrow_columns import TableName
+from plarv_schemas.events import Action, Event, Verdict
+from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
+from plarv_sinks.store_files import FRESH, StoredFile, StoreFiles, table_path
+from plarv_sinks.store_rows import RowReader, VanishedError
+from plarv_sinks.store_runs import RunRow
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["COMPACTIONS", "COVERS_KEY", "Store", "StoreError"]
+
+COMPACTIONS = "_compactions"
+COVERS_KEY = b"argus.covers"  # JSON: topic id and partition -> last offset that a file covers
+
+_TRIES = 8  # a compaction that took a file away is over before the store is listed again
+_T = TypeVar("_T")
+
+
+class StoreError(Exception):
+    """The store cannot be read, or does not hold what was asked for; the message says which."""
+
+
+class Store:
+    """Reads what the sinks wrote, while they write and while it is compacted.
+
+    A file that is damaged, foreign or of a newer version is left out, and ``tell`` hears of it once
+    (default: a warning in the log ``plarv_sinks``). Every event, verdict and action is there once,
+    in the log's order.
+
+    Raises:
+        StoreError: there is no store at ``location``.
+        ImportError: pyarrow (for data frames: polars) is missing.
+    """
+
+    def __init__(
+        self, location: Union[str, Path], tell: Optional[Callable[[str], None]] = None
+    ) -> None:
+        self._tell = tell if tell is not None else logging.getLogger("plarv_sinks").warning
+        try:
+            self.files = StoreFiles(location)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{location}: {error}") from error
+        self.location = self.files.location
+        if self.files.is_local and not self.files.local("").is_dir():
+            raise StoreError(f"{location}: no such folder; `argus sink` and runs write stores")
+        self._readers: Dict[str, RowReader] = {}
+
+    def listed(
+        self, table: TableName, run_id: Optional[str] = None, since: Optional[str] = None
+    ) -> List[StoredFile]:
+        """The files of a table, those that may hold the run; ``since``: a date, YYYY-MM-DD.
+
+        A file whose rows a finished compaction has put elsewhere is not among them.
+        """
+        done, moved = self._compacted()
+        found = [file for file in self._table_files(table, run_id) if file.path not in done]
+        there = {file.path for file in found}
+        for path, target in moved.items():
+            file = StoredFile.at(target)
+            if file is not None and file.table == table and target not in there:
+                if run_id is None or file.run_id in (None, run_id):
+                    found.append(file._replace(path=path))
+        return [file for file in found if since is None or file.date >= since]
+
+    def run_rows(self) -> Dict[str, RunRow]:
+        """The newest row of each run, by id; the run that was last heard of first."""
+
+        def read() -> List[Any]:
+            return self._reader("runs").tables(self.listed("runs"))
+
+        newest: Dict[str, RunRow] = {}
+        for table in self._again(read):
+            for batch in table.to_batches():
+                for values in arrow.decode_runs(batch):
+                    row = RunRow(*values)
+                    known = newest.get(row.run_id)
+                    if known is None or row.num_events > known.num_events:
+                        newest[row.run_id] = row
+        return dict(
+            sorted(newest.items(), key=lambda item: (-(item[1].last_time_ns or 0), item[0]))
+        )
+
+    def run_row(self, run_id: str) -> RunRow:
+        """The row of one run. StoreError: the store has no such run."""
+        rows = self.run_rows()
+        if run_id not in rows:
+            names = ", ".join(list(rows)[:5])
+            hint = f"the newest are {names}" if names else "it holds none"
+            raise StoreError(f"{self.location}: no run {run_id}; {hint}")
+        return rows[run_id]
+
+    def frame(self, table: TableName, run_id: str) -> pl.DataFrame:
+        """One run's rows, in the log's order, each once."""
+
+        def read() -> List[Any]:
+            return self._reader(table).tables(self.listed(table, run_id), run_id)
+
+        key = "ordinal" if table in ("steps", "events") else "id"
+        frame = _frame(self._again(read), table)
+        return frame.unique(key, keep="first", maintain_order=True).sort(
+            "ordinal", maintain_order=True
+        )
+
+    def scan(self, table: TableName) -> pl.LazyFrame:
+        """All rows of a table, lazily and as they lie there; not to be kept over a compaction."""
+        import polars as pl
+
+        parts = [
+            pl.scan_parquet(self.files.uri(file.path), hive_partitioning=True)
+            for file in self.listed(table)
+        ]
+        if not parts:
+            return _frame([], table).lazy()
+        return pl.concat(parts, how="diagonal_relaxed")
+
+    def events(self, run_id: str) -> Iterator[Event]:
+        """The run's events in the log's order, as a fold reads them; some thousands in memory."""
+        steps = self._ordered("steps", run_id)
+        controls = self._ordered("events", run_id)
+        for _, event in heapq.merge(steps, controls, key=_ordinal):
+            yield event
+
+    def verdicts(self, run_id: str) -> List[Verdict]:
+        """The recorded verdicts, by ordinal: none of a detector that had been left out by then."""
+        last: Dict[str, int] = {}
+        for _, event in self._ordered("events", run_id):
+            left = left_out_by(event)
+            if left is not None:
+                last[left[0]] = min(left[1], last.get(left[0], left[1]))
+        found: Dict[str, Verdict] = {}
+        for batch in self._finding_batches("verdicts", run_id):
+            for verdict in arrow.decode_verdicts(batch):
+                if verdict.ordinal <= last.get(verdict.detector, verdict.ordinal):
+                    found.setdefault(verdict.id, verdict)
+        return sorted(found.values(), key=_finding_ordinal)
+
+    def actions(self, run_id: str) -> List[Action]:
+        """The recorded actions, by ordinal."""
+        found: Dict[str, Action] = {}
+        for batch in self._finding_batches("actions", run_id):
+            for action in arrow.decode_actions(batch):
+                found.setdefault(action.id, action)
+        return sorted(found.values(), key=_finding_ordinal)
+
+    def covered(self, tables: Sequence[TableName]) -> Dict[str, int]:
+        """Up to which offset each topic's partition is in all of ``tables``' files.
+
+        The keys are ``TOPIC_ID/PARTITION``; what no file covers is not there.
+        """
+        found = [self._again(partial(self._covered, table)) for table in tables]
+        common = set(found[0]).intersection(*found[1:])
+        return {source: min(each[source] for each in found) for source in sorted(common)}
+
+    def _covered(self, table: TableName) -> Dict[str, int]:
+        upto: Dict[str, int] = {}
+        for file in self.listed(table):
+            data = self._reader(table).metadata(file, COVERS_KEY)
+            for source, last in json.loads(data or b"{}").items():
+                upto[source] = max(last, upto.get(source, -1))
+        return upto
+
+    def _ordered(self, table: TableName, run_id: str) -> Iterator[Tuple[int, Event]]:
+        """Ordinal and event, in order, each once; goes on where a compaction moves the rows."""
+        decode: Any = arrow.decode_steps if table == "steps" else arrow.decode_controls
+        reader, done = self._reader(table), -1
+        for _ in range(_TRIES):
+            try:
+                for span in reader.spans(self.listed(table, run_id), run_id):
+                    for batch in reader.batches(span.file, run_id):
+                        ordinals = arrow.extra_column(batch, "ordinal") or []
+                        for ordinal, event in zip(ordinals, decode(batch)):
+                            if ordinal > done:
+                                done = ordinal
+                                yield ordinal, event
+                return
+            except VanishedError:
+                continue
+        raise self._restless()
+
+    def _finding_batches(self, table: TableName, run_id: str) -> Iterator[RecordBatch]:
+        def read() -> List[Any]:
+            return self._reader(table).tables(self.listed(table, run_id), run_id)
+
+        for found in self._again(read):
+            yield from found.to_batches()
+
+    def _table_files(self, table: TableName, run_id: Optional[str]) -> List[StoredFile]:
+        if table != "steps" or run_id is None:
+            return self.files.listed(f"table={table}") + self.files.listed(f"{FRESH}/table={table}")
+        found: List[StoredFile] = []
+        for folder in self.files.folders("table=steps"):
+            date = folder.rpartition("=")[2]
+            found += self.files.listed(table_path("steps", date, run_id))
+        return found + self.files.listed(f"{FRESH}/table=steps")
+
+    def _compacted(self) -> Tuple[Set[str], Dict[str, str]]:
+        """Files that compactions have replaced, and where those lie that are still to be moved."""
+        done: Set[str] = set()
+        moved: Dict[str, str] = {}
+        for path in self.files.names(COMPACTIONS):
+            try:
+                manifest = json.loads(self.files.read(path))
+            except FileNotFoundError:
+                continue  # it has just been finished
+            done.update(manifest["removes"])
+            moved.update(manifest["adds"])
+        return done, moved
+
+    def _reader(self, table: TableName) -> RowReader:
+        if table not in self._readers:
+            self._readers[table] = RowReader(self.files, table, self._tell)
+        return self._readers[table]
+
+    def _again(self, read: Callable[[], _T]) -> _T:
+        """What ``read`` gives; once more where a compaction took a file away meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                return read()
+            except VanishedError:
+                continue
+        raise self._restless()
+
+    def _restless(self) -> StoreError:
+        return StoreError(f"{self.location}: it changes faster than it can be read")
+
+
+def _ordinal(row: Tuple[int, Event]) -> int:
+    return row[0]
+
+
+def _finding_ordinal(finding: Union[Verdict, Action]) -> int:
+    return finding.ordinal
+
+
+def _frame(tables: Sequence[Any], table: TableName) -> pl.DataFrame:
+    """The tables' rows in one frame; columns that a table lacks are null."""
+    import polars as pl
+
+    pa = require_pyarrow()
+    columns: Any = arrow.file_schema(table)
+    plain = [each.select([n for n in columns.names if n in each.schema.names]) for each in tables]
+    whole = pa.concat_tables([columns.empty_table(), *plain], promote_options="default")
+    frame: Any = pl.from_arrow(whole)
+    found: pl.DataFrame = frame
+    return found

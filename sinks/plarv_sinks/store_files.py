@@ -1,0 +1,305 @@
+"""Where a store's files lie and how one is written: aside, whole, and then under its name."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Union, cast
+from urllib.parse import quote, unquote
+
+from plarv_schemas.arrow_columns import EXTRA_COLUMNS, TABLE_COLUMNS, TableName
+from plarv_schemas.pyarrow_types import RecordBatch, Schema, require_pyarrow
+
+__all__ = [
+    "FRESH",
+    "RUN_KEY",
+    "Place",
+    "StoreFiles",
+    "StoredFile",
+    "fresh_path",
+    "table_path",
+    "without_run_id",
+]
+
+RUN_KEY = b"argus.run_id"  # in a file's metadata, where all its rows are of one run
+FRESH = "fresh"
+_ASIDE = "_aside"  # readers of the tables never look into a folder of this name
+_STALE_S = 86_400.0
+_GROUP_ROWS = 32_768
+_GROUP_BYTES = 32 * 1024 * 1024
+_numbers = count()
+
+_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_PART = re.compile(r"^([a-z_]+)=(.*)$")
+_FRESH_NAME = re.compile(r"^p(\d+)-([0-9a-z]+)-(\d+)-(\d+)\.parquet$")
+
+
+class Place(NamedTuple):
+    """A range of offsets of a topic's partition: what a fresh file holds, by its name."""
+
+    topic_id: str  # 12 hex digits: a topic that was made anew has another one
+    partition: int
+    first: int
+    last: int
+
+    @property
+    def source(self) -> str:
+        """The partition, as the files' metadata name it."""
+        return f"{self.topic_id}/{self.partition}"
+
+
+class StoredFile(NamedTuple):
+    """One Parquet file of a store."""
+
+    path: str  # below the store's root
+    table: str
+    date: str  # YYYY-MM-DD, UTC
+    run_id: Optional[str]  # where the folder's name says that it holds one run alone
+    place: Optional[Place]  # of a fresh file
+    size: int
+
+    @classmethod
+    def at(cls, path: str, size: int = 0) -> Optional[StoredFile]:
+        """The file of this path; None: it is none of a store's."""
+        *folders, name = path.split("/")
+        if not name.endswith(".parquet") or name.startswith((".", "_")):
+            return None
+        keys: Dict[str, str] = {}
+        for folder in folders:
+            part = _PART.match(folder)
+            if part is not None:
+                keys[part.group(1)] = unquote(part.group(2))
+        if "table" not in keys or "date" not in keys:
+            return None
+        place: Optional[Place] = None
+        if folders[0] == FRESH:
+            found = _FRESH_NAME.match(name)
+            if found is None:
+                return None
+            partition, topic_id, first, last = found.groups()
+            place = Place(topic_id, int(partition), int(first), int(last))
+        return cls(path, keys["table"], keys["date"], keys.get("run_id"), place, size)
+
+
+def table_path(table: TableName, date: str, run_id: Optional[str] = None) -> str:
+    """The folder of a table's day, or of one run's in it.
+
+    >>> table_path("steps", "2026-11-23", "a/b")
+    'table=steps/date=2026-11-23/run_id=a%2Fb'
+    """
+    path = f"table={table}/date={date}"
+    return path if run_id is None else f"{path}/run_id={quote(run_id, safe='')}"
+
+
+def fresh_path(table: TableName, date: str, place: Place) -> str:
+    """The path of what was read from a range of offsets.
+
+    >>> fresh_path("steps", "2026-11-23", Place("0f3a", 3, 70, 81))
+    'fresh/table=steps/date=2026-11-23/p00003-0f3a-000000000070-000000000081.parquet'
+    """
+    name = f"p{place.partition:05d}-{place.topic_id}-{place.first:012d}-{place.last:012d}"
+    return f"{FRESH}/{table_path(table, date)}/{name}.parquet"
+
+
+def without_run_id(schema: Schema, run_id: str) -> Schema:
+    """A file's schema where its folder's name says which run it holds; kept in its metadata too."""
+    pa = require_pyarrow()
+    fields = [field for field in schema if field.name != "run_id"]
+    made: Schema = pa.schema(fields, {**(schema.metadata or {}), RUN_KEY: run_id.encode("utf-8")})
+    return made
+
+
+class StoreFiles:
+    """The files below a local path or a URI that ``pyarrow.fs`` knows (``s3://``, ``gs://``).
+
+    OSError: as the file system has it. ValueError: a URI that pyarrow cannot open.
+    """
+
+    def __init__(self, location: Union[str, Path]) -> None:
+        self._fs: Any = require_pyarrow("pyarrow.fs")
+        text = str(location)
+        self.location = text
+        if _URI.match(text):
+            try:
+                self._files, self._root = self._fs.FileSystem.from_uri(text)
+            except require_pyarrow().ArrowException as error:
+                raise ValueError(f"{text}: {error}") from error
+        else:
+            self._files, self._root = self._fs.LocalFileSystem(), os.path.abspath(text)
+        self.is_local = isinstance(self._files, self._fs.LocalFileSystem)
+
+    def local(self, path: str) -> Path:
+        """Where a file of a local store lies."""
+        return Path(self._root) / path
+
+    def uri(self, path: str) -> str:
+        """How a file is named to others: its path, or its URI."""
+        return posixpath.join(self.location if not self.is_local else self._root, path)
+
+    def listed(self, folder: str) -> List[StoredFile]:
+        """The store's files below ``folder``, by path."""
+        found: List[StoredFile] = []
+        for path, size in self._below(folder):
+            file = StoredFile.at(path, size)
+            if file is not None:
+                found.append(file)
+        return sorted(found)
+
+    def folders(self, folder: str) -> List[str]:
+        """The paths of the folders in ``folder``."""
+        selector = self._fs.FileSelector(self._full(folder), allow_not_found=True)
+        infos = self._files.get_file_info(selector)
+        return sorted(
+            self._inner(info.path) for info in infos if info.type == self._fs.FileType.Directory
+        )
+
+    def names(self, folder: str) -> List[str]:
+        """The paths of all files in ``folder``, whatever they are."""
+        return sorted(path for path, _ in self._below(folder))
+
+    def open(self, path: str) -> Any:
+        """A ``pyarrow.parquet.ParquetFile``. FileNotFoundError, OSError, ArrowException."""
+        parquet = require_pyarrow("pyarrow.parquet")
+        return parquet.ParquetFile(self._full(path), filesystem=self._files)
+
+    def read(self, path: str) -> bytes:
+        """A small file, whole."""
+        with self._files.open_input_stream(self._full(path)) as stream:
+            data: bytes = stream.read()
+        return data
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes a small file: whole, or not at all."""
+        aside = self._aside(path)
+        with self._files.open_output_stream(aside) as stream:
+            stream.write(data)
+        self._publish(aside, path)
+
+    def write(self, path: str, schema: Schema, batches: Iterable[RecordBatch]) -> None:
+        """Writes a table's file: it has its name once all of it is on the disk.
+
+        ``schema`` has the table's file columns, or some of them: those are taken of the batches.
+        OSError: nothing was written.
+        """
+        aside = self._aside(path)
+        parquet = require_pyarrow("pyarrow.parquet")
+        try:
+            with self._files.open_output_stream(aside) as stream, parquet.ParquetWriter(
+                stream, schema, **_options(schema)
+            ) as writer:
+                for batch in batches:
+                    writer.write_batch(_as(schema, batch), row_group_size=_group_rows(batch))
+            self._publish(aside, path)
+        except BaseException:
+            with suppress(OSError):
+                if aside != self._full(path):
+                    self._files.delete_file(aside)
+            raise
+
+    def move(self, path: str, target: str) -> None:
+        """Renames a file; what had the name is gone."""
+        self._make_folder(target)
+        self._files.move(self._full(path), self._full(target))
+
+    def remove(self, path: str) -> None:
+        """Removes a file, where it is there."""
+        with suppress(FileNotFoundError):
+            self._files.delete_file(self._full(path))
+
+    def sweep(self) -> None:
+        """Removes what writers that were killed left aside a day ago or longer."""
+        if not self.is_local or not self.local(_ASIDE).is_dir():
+            return
+        for path in self.local(_ASIDE).iterdir():
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+
+    def _below(self, folder: str) -> Iterator[Any]:
+        selector = self._fs.FileSelector(self._full(folder), allow_not_found=True, recursive=True)
+        for info in self._files.get_file_info(selector):
+            if info.type == self._fs.FileType.File:
+                yield self._inner(info.path), info.size
+
+    def _aside(self, path: str) -> str:
+        """Where a file is written first: an object store shows nothing until it is whole."""
+        if not self.is_local:
+            return self._full(path)
+        name = f"{os.getpid()}-{next(_numbers)}-{posixpath.basename(path)}"
+        self._make_folder(f"{_ASIDE}/{name}")
+        return self._full(f"{_ASIDE}/{name}")
+
+    def _publish(self, aside: str, path: str) -> None:
+        if not self.is_local:
+            return
+        _sync(aside)
+        self._make_folder(path)
+        self._files.move(aside, self._full(path))
+        _sync(posixpath.dirname(self._full(path)))
+
+    def _make_folder(self, path: str) -> None:
+        if self.is_local:
+            os.makedirs(posixpath.dirname(self._full(path)), exist_ok=True)
+
+    def _full(self, path: str) -> str:
+        return posixpath.join(self._root, path) if path else str(self._root)
+
+    def _inner(self, path: str) -> str:
+        return posixpath.relpath(path, self._root)
+
+
+def _as(schema: Schema, batch: Any) -> RecordBatch:
+    if batch.schema is schema:
+        return cast(RecordBatch, batch)
+    columns = [batch.column(name) for name in schema.names]
+    return cast(RecordBatch, require_pyarrow().RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _group_rows(batch: RecordBatch) -> int:
+    """Rows of a group: many, so that they compress, and few where samples make them long."""
+    size: int = getattr(batch, "nbytes")  # noqa: B009 - no part of the protocol
+    per_row = max(1, size // max(1, batch.num_rows))
+    return max(256, min(_GROUP_ROWS, _GROUP_BYTES // per_row))
+
+
+def _options(schema: Schema) -> Mapping[str, Any]:
+    """How each column is laid out: floats byte by byte, integers as differences, text by number."""
+    names = set(schema.names)
+    encodings: Dict[str, str] = {}
+    texts: List[str] = []
+    for column in {column for table in TABLE_COLUMNS for column in _columns(table)}:
+        if column.name not in names:
+            continue
+        if column.kind in ("text", "json"):
+            texts.append(column.name)
+        elif column.kind in ("float", "timing"):
+            encodings[column.name] = "BYTE_STREAM_SPLIT"
+        elif column.kind == "int":
+            encodings[column.name] = "DELTA_BINARY_PACKED"
+        elif column.kind == "floats":
+            encodings[f"{column.name}.list.element"] = "BYTE_STREAM_SPLIT"
+        elif column.kind == "ints":
+            encodings[f"{column.name}.list.element"] = "DELTA_BINARY_PACKED"
+    return {
+        "compression": "zstd",
+        "use_dictionary": texts,
+        "column_encoding": encodings,
+        "version": "2.6",
+    }
+
+
+def _columns(table: TableName) -> Iterable[Any]:
+    return TABLE_COLUMNS[table] + EXTRA_COLUMNS[table]

@@ -1,0 +1,157 @@
+"""Reads the rows of a store's files; what cannot be read is told, and nothing else is lost."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set
+
+from plarv_schemas import arrow
+from plarv_schemas.arrow_columns import TableName
+from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
+from plarv_sinks.curve import first_line
+from plarv_sinks.store_files import StoredFile, StoreFiles
+
+__all__ = ["RowReader", "RunSpan", "VanishedError"]
+
+_BATCH_ROWS = 4096
+
+
+class VanishedError(Exception):
+    """A file was there when the store was listed, and is no more: a compaction took it."""
+
+
+class RunSpan(NamedTuple):
+    """A file that holds events of a run, and the ordinal of the first."""
+
+    first: int
+    file: StoredFile
+
+
+class RowReader:
+    """Reads files of one table, those of one run alone where one is named.
+
+    ``tell`` hears, once a file, what could not be read.
+    """
+
+    def __init__(self, files: StoreFiles, table: TableName, tell: Callable[[str], None]) -> None:
+        self._files = files
+        self._table: TableName = table
+        self._tell = tell
+        self._told: Set[str] = set()
+
+    def tables(
+        self,
+        stored: Sequence[StoredFile],
+        run_id: Optional[str] = None,
+        columns: Optional[Sequence[str]] = None,
+    ) -> List[Any]:
+        """A ``pyarrow.Table`` of each file that has such rows, each with a column ``run_id``.
+
+        Columns that a file lacks are left out. VanishedError.
+        """
+        found: List[Any] = []
+        for file in stored:
+            table = self._table_of(file, run_id, columns)
+            if table is not None and table.num_rows:
+                found.append(table)
+        return found
+
+    def batches(self, file: StoredFile, run_id: str) -> Iterator[RecordBatch]:
+        """The run's rows of one file, some thousands at a time. VanishedError."""
+        try:
+            with self._open(file) as parquet:
+                groups = _groups(parquet, None if file.run_id is not None else run_id)
+                for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups):
+                    if file.run_id is None:
+                        batch = _of_run(batch, run_id)
+                    if batch.num_rows:
+                        yield _with_run_id(batch, run_id)
+        except (require_pyarrow().ArrowException, OSError, ValueError) as error:
+            self._failed(file, error)
+
+    def spans(self, stored: Sequence[StoredFile], run_id: str) -> List[RunSpan]:
+        """Which of the files hold events of the run, by the ordinal of the first. VanishedError."""
+        compute = require_pyarrow("pyarrow.compute")
+        spans: List[RunSpan] = []
+        for file in stored:
+            table = self._table_of(file, run_id, ("run_id", "ordinal"))
+            if table is not None and table.num_rows and "ordinal" in table.schema.names:
+                first = compute.min(table.column("ordinal")).as_py()
+                spans.append(RunSpan(-1 if first is None else first, file))
+        return sorted(spans)
+
+    def metadata(self, file: StoredFile, key: bytes) -> Optional[bytes]:
+        """A value of the file's metadata. VanishedError."""
+        try:
+            with self._open(file) as parquet:
+                found: Optional[bytes] = (parquet.schema_arrow.metadata or {}).get(key)
+                return found
+        except (require_pyarrow().ArrowException, OSError, ValueError) as error:
+            self._failed(file, error)
+        return None
+
+    def _table_of(
+        self, file: StoredFile, run_id: Optional[str], columns: Optional[Sequence[str]]
+    ) -> Any:
+        try:
+            with self._open(file) as parquet:
+                wanted = None
+                if columns is not None:
+                    there = set(parquet.schema_arrow.names)
+                    wanted = [name for name in columns if name in there]
+                groups = _groups(parquet, None if file.run_id is not None else run_id)
+                table = parquet.read_row_groups(groups, columns=wanted)
+        except (require_pyarrow().ArrowException, OSError, ValueError) as error:
+            self._failed(file, error)
+            return None
+        if file.run_id is not None:
+            return _with_run_id(table, file.run_id)
+        return table if run_id is None else _of_run(table, run_id)
+
+    @contextmanager
+    def _open(self, file: StoredFile) -> Iterator[Any]:
+        """The Parquet file. ValueError: it is not one of this table, or of a newer version."""
+        with self._files.open(file.path) as parquet:
+            found = arrow.table_of(parquet.schema_arrow)
+            if found != self._table:
+                raise ValueError(f"it holds {found or 'something else'}, not {self._table}")
+            yield parquet
+
+    def _failed(self, file: StoredFile, error: Exception) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise VanishedError(file.path) from error
+        if file.path not in self._told:
+            self._told.add(file.path)
+            self._tell(f"{self._files.location}: {file.path}: left out: {first_line(error)}")
+
+
+def _groups(parquet: Any, run_id: Optional[str]) -> List[int]:
+    """The row groups that may hold the run, by their statistics."""
+    metadata = parquet.metadata
+    numbers = list(range(metadata.num_row_groups))
+    if run_id is None or "run_id" not in parquet.schema_arrow.names:
+        return numbers
+    column = parquet.schema_arrow.names.index("run_id")
+    kept: List[int] = []
+    for number in numbers:
+        found = metadata.row_group(number).column(column).statistics
+        unknown = found is None or not found.has_min_max
+        if unknown or found.min <= run_id <= found.max:
+            kept.append(number)
+    return kept
+
+
+def _of_run(rows: Any, run_id: str) -> Any:
+    compute = require_pyarrow("pyarrow.compute")
+    return rows.filter(compute.equal(rows.column("run_id"), run_id))
+
+
+def _with_run_id(rows: Any, run_id: str) -> Any:
+    """The rows with the run's id, which the folder's name alone says where it holds one run."""
+    pa = require_pyarrow()
+    if "run_id" in rows.schema.names:
+        return rows
+    ids = pa.repeat(pa.scalar(run_id, pa.string()), rows.num_rows)
+    fields = [pa.field("run_id", pa.string(), nullable=False), *rows.schema]
+    schema = pa.schema(fields, rows.schema.metadata)
+    return type(rows).from_arrays([ids, *rows.columns], schema=schema)
