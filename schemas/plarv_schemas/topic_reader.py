@@ -16,7 +16,7 @@ from plarv_schemas.kafka_clients import (
 from plarv_schemas.kafka_connection import Connection
 from plarv_schemas.kafka_types import Consumer, Place, Received
 
-__all__ = ["NoTopicError", "Record", "TopicRange", "TopicReader", "open_topic"]
+__all__ = ["NoTopicError", "Record", "TopicRange", "TopicReader", "open_topic", "record_of"]
 
 _POLL_MS = 200  # a fetch that finds something answers at once
 _BATCH = 500
@@ -83,7 +83,7 @@ class TopicReader:
                 heard = time.monotonic()
                 for record in records:
                     if place in left and record.offset < left[place].end:
-                        yield _record(record)
+                        yield record_of(record)
             # The last offsets of a range may hold no record (compaction): the position says so.
             done = [place for place, span in left.items() if self._position(place) >= span.end]
             for place in done:
@@ -102,7 +102,7 @@ class TopicReader:
             found = self._poll()
             for records in found.values():
                 for record in records:
-                    yield _record(record)
+                    yield record_of(record)
             if not found:
                 yield None
 
@@ -135,7 +135,8 @@ def open_topic(
         yield TopicReader(consumer, topic, len(partitions))
 
 
-def _record(received: Received) -> Record:
+def record_of(received: Received) -> Record:
+    """A message as kafka-python gives it."""
     return Record(
         received.topic,
         received.partition,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from plarv_processors.engine import Engine
 from plarv_processors.stored_fold import base_of, fold_rest
@@ -36,7 +36,7 @@ class Archived(NamedTuple):
     rows: Dict[TableName, int]
 
 
-def archive(run_dir: Path, location: Path, *, tell: Tell) -> Archived:
+def archive(run_dir: Path, location: Union[str, Path], *, tell: Tell) -> Archived:
     """Writes what a store does not have yet of a run's folder: events, verdicts and actions.
 
     What is still to be folded is folded first. Killed at any point and called again, it leaves
@@ -51,14 +51,13 @@ def archive(run_dir: Path, location: Path, *, tell: Tell) -> Archived:
     if not is_run_dir(run_dir):
         raise ReplayError(f"{run_dir}: not a run's folder: no journal in it")
     require_pyarrow("pyarrow.parquet")
-    location.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / FOLD_LOCK)
     # In which order ranks are merged must be decided and written down before anybody keeps it.
     if not (fold_rest(run_dir) and lock.acquire()):
         raise ReplayError(f"{run_dir}: it is running; it can be written once it has ended")
     log = RunLog(run_dir)
     try:
-        return _write(run_dir, log, Store(location, tell), tell)
+        return _write(run_dir, log, Store(location, tell, create=True), tell)
     except ValueError as error:
         raise ReplayError(f"{run_dir}: {error}") from error
     finally:

@@ -14,6 +14,7 @@ from typing import (
     Dict,
     Iterator,
     List,
+    Literal,
     Optional,
     Sequence,
     Set,
@@ -52,7 +53,7 @@ class Store:
 
     A file that is damaged, foreign or of a newer version is left out, and ``tell`` hears of it once
     (default: a warning in the log ``plarv_sinks``). Every event, verdict and action is there once,
-    in the log's order.
+    in the log's order. ``create`` makes the folder of a local store.
 
     Raises:
         StoreError: there is no store at ``location``.
@@ -60,7 +61,11 @@ class Store:
     """
 
     def __init__(
-        self, location: Union[str, Path], tell: Optional[Callable[[str], None]] = None
+        self,
+        location: Union[str, Path],
+        tell: Optional[Callable[[str], None]] = None,
+        *,
+        create: bool = False,
     ) -> None:
         self._tell = tell if tell is not None else logging.getLogger("plarv_sinks").warning
         try:
@@ -68,6 +73,8 @@ class Store:
         except (OSError, ValueError) as error:
             raise StoreError(f"{location}: {error}") from error
         self.location = self.files.location
+        if create and self.files.is_local:
+            self.files.local("").mkdir(parents=True, exist_ok=True)
         if self.files.is_local and not self.files.local("").is_dir():
             raise StoreError(f"{location}: no such folder; `argus sink` and runs write stores")
         self._readers: Dict[str, RowReader] = {}
@@ -116,17 +123,21 @@ class Store:
             raise StoreError(f"{self.location}: no run {run_id}; {hint}")
         return rows[run_id]
 
-    def frame(self, table: TableName, run_id: str) -> pl.DataFrame:
-        """One run's rows, in the log's order, each once."""
+    def frame(
+        self, table: TableName, run_id: str, columns: Optional[Sequence[str]] = None
+    ) -> pl.DataFrame:
+        """One run's rows, in the log's order, each once; of some columns, where they are named."""
+        key = "ordinal" if table in ("steps", "events") else "id"
+        wanted = None if columns is None else ["run_id", "ordinal", key, *columns]
 
         def read() -> List[Any]:
-            return self._reader(table).tables(self.listed(table, run_id), run_id)
+            return self._reader(table).tables(self.listed(table, run_id), run_id, wanted)
 
-        key = "ordinal" if table in ("steps", "events") else "id"
         frame = _frame(self._again(read), table)
-        return frame.unique(key, keep="first", maintain_order=True).sort(
+        frame = frame.unique(key, keep="first", maintain_order=True).sort(
             "ordinal", maintain_order=True
         )
+        return frame if columns is None else frame.select(columns)
 
     def scan(self, table: TableName) -> pl.LazyFrame:
         """All rows of a table, lazily and as they lie there; not to be kept over a compaction."""
@@ -142,10 +153,14 @@ class Store:
 
     def events(self, run_id: str) -> Iterator[Event]:
         """The run's events in the log's order, as a fold reads them; some thousands in memory."""
+        for _, event in self.placed_events(run_id):
+            yield event
+
+    def placed_events(self, run_id: str) -> Iterator[Tuple[int, Event]]:
+        """The same, each with its ordinal: a number that is missing is an event that is."""
         steps = self._ordered("steps", run_id)
         controls = self._ordered("events", run_id)
-        for _, event in heapq.merge(steps, controls, key=_ordinal):
-            yield event
+        yield from heapq.merge(steps, controls, key=_ordinal)
 
     def verdicts(self, run_id: str) -> List[Verdict]:
         """The recorded verdicts, by ordinal: none of a detector that had been left out by then."""
@@ -169,20 +184,32 @@ class Store:
                 found.setdefault(action.id, action)
         return sorted(found.values(), key=_finding_ordinal)
 
-    def covered(self, tables: Sequence[TableName]) -> Dict[str, int]:
-        """Up to which offset each topic's partition is in all of ``tables``' files.
+    def ids(self, table: Literal["verdicts", "actions"]) -> Set[str]:
+        """The ids of all recorded verdicts (or actions)."""
+
+        def read() -> List[Any]:
+            return self._reader(table).tables(self.listed(table), columns=("id",))
+
+        found: Set[str] = set()
+        for each in self._again(read):
+            found.update(each.column("id").to_pylist())
+        return found
+
+    def covered(self, table: TableName) -> Dict[str, int]:
+        """Up to which offset each topic's partition is in the table's files.
 
         The keys are ``TOPIC_ID/PARTITION``; what no file covers is not there.
         """
-        found = [self._again(partial(self._covered, table)) for table in tables]
-        common = set(found[0]).intersection(*found[1:])
-        return {source: min(each[source] for each in found) for source in sorted(common)}
+        return self._again(partial(self._covered, table))
 
     def _covered(self, table: TableName) -> Dict[str, int]:
         upto: Dict[str, int] = {}
         for file in self.listed(table):
-            data = self._reader(table).metadata(file, COVERS_KEY)
-            for source, last in json.loads(data or b"{}").items():
+            if file.place is not None:
+                lasts = {file.place.source: file.place.last}
+            else:
+                lasts = json.loads(self._reader(table).metadata(file, COVERS_KEY) or b"{}")
+            for source, last in lasts.items():
                 upto[source] = max(last, upto.get(source, -1))
         return upto
 

@@ -9,7 +9,19 @@ import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Union, cast
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Union,
+    cast,
+)
 from urllib.parse import quote, unquote
 
 from plarv_schemas.arrow_columns import EXTRA_COLUMNS, TABLE_COLUMNS, TableName
@@ -19,6 +31,7 @@ __all__ = [
     "FRESH",
     "RUN_KEY",
     "Place",
+    "Prepared",
     "StoreFiles",
     "StoredFile",
     "fresh_path",
@@ -51,6 +64,13 @@ class Place(NamedTuple):
     def source(self) -> str:
         """The partition, as the files' metadata name it."""
         return f"{self.topic_id}/{self.partition}"
+
+
+class Prepared(NamedTuple):
+    """A file that is whole and has no name yet: where it lies, and where it goes."""
+
+    aside: str
+    path: str
 
 
 class StoredFile(NamedTuple):
@@ -174,14 +194,14 @@ class StoreFiles:
         return data
 
     def put(self, path: str, data: bytes) -> None:
-        """Writes a small file: whole, or not at all."""
+        """Writes a small file: whole, or not at all. OSError."""
         aside = self._aside(path)
-        with self._files.open_output_stream(aside) as stream:
+        with self._files.open_output_stream(self._full(aside)) as stream:
             stream.write(data)
-        self._publish(aside, path)
+        self.publish([Prepared(aside, path)])
 
-    def write(self, path: str, schema: Schema, batches: Iterable[RecordBatch]) -> None:
-        """Writes a table's file: it has its name once all of it is on the disk.
+    def prepare(self, path: str, schema: Schema, batches: Iterable[RecordBatch]) -> Prepared:
+        """Writes a table's file aside, where readers do not look; :meth:`publish` names it.
 
         ``schema`` has the table's file columns, or some of them: those are taken of the batches.
         OSError: nothing was written.
@@ -189,17 +209,34 @@ class StoreFiles:
         aside = self._aside(path)
         parquet = require_pyarrow("pyarrow.parquet")
         try:
-            with self._files.open_output_stream(aside) as stream, parquet.ParquetWriter(
+            with self._files.open_output_stream(self._full(aside)) as stream, parquet.ParquetWriter(
                 stream, schema, **_options(schema)
             ) as writer:
                 for batch in batches:
                     writer.write_batch(_as(schema, batch), row_group_size=_group_rows(batch))
-            self._publish(aside, path)
+            if self.is_local:
+                _sync(self._full(aside))
         except BaseException:
-            with suppress(OSError):
-                if aside != self._full(path):
-                    self._files.delete_file(aside)
+            self.discard([Prepared(aside, path)])
             raise
+        return Prepared(aside, path)
+
+    def publish(self, prepared: Sequence[Prepared]) -> None:
+        """Gives the files their names, one after the other: each is there as a whole. OSError."""
+        for aside, path in prepared:
+            self.move(aside, path)
+            if self.is_local:
+                _sync(posixpath.dirname(self._full(path)))
+
+    def discard(self, prepared: Sequence[Prepared]) -> None:
+        """Removes what was prepared and is not to be published."""
+        for aside, _ in prepared:
+            with suppress(OSError):
+                self._files.delete_file(self._full(aside))
+
+    def write(self, path: str, schema: Schema, batches: Iterable[RecordBatch]) -> None:
+        """Prepares and publishes one file."""
+        self.publish([self.prepare(path, schema, batches)])
 
     def move(self, path: str, target: str) -> None:
         """Renames a file; what had the name is gone."""
@@ -227,20 +264,10 @@ class StoreFiles:
                 yield self._inner(info.path), info.size
 
     def _aside(self, path: str) -> str:
-        """Where a file is written first: an object store shows nothing until it is whole."""
-        if not self.is_local:
-            return self._full(path)
-        name = f"{os.getpid()}-{next(_numbers)}-{posixpath.basename(path)}"
-        self._make_folder(f"{_ASIDE}/{name}")
-        return self._full(f"{_ASIDE}/{name}")
-
-    def _publish(self, aside: str, path: str) -> None:
-        if not self.is_local:
-            return
-        _sync(aside)
-        self._make_folder(path)
-        self._files.move(aside, self._full(path))
-        _sync(posixpath.dirname(self._full(path)))
+        """A path of its own, of no table."""
+        aside = f"{_ASIDE}/{os.getpid()}-{next(_numbers)}-{posixpath.basename(path)}"
+        self._make_folder(aside)
+        return aside
 
     def _make_folder(self, path: str) -> None:
         if self.is_local:
