@@ -42,11 +42,15 @@ _folders = itertools.count()
 def _no_settings_from_outside(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Each test begins without the developer's `ARGUS_*`, with a place of its own for journals."""
+    """Each test begins without the developer's `ARGUS_*`, with a place of its own for journals.
+
+    No run is kept as Parquet by a process that a test would leave behind, unless it asks for that.
+    """
     for name in [name for name in os.environ if name.startswith("ARGUS_")]:
         monkeypatch.delenv(name)
     place = tmp_path_factory.getbasetemp() / f"argus-{next(_folders)}"  # made only if it is used
     monkeypatch.setenv("ARGUS_DIR", str(place))
+    monkeypatch.setenv("ARGUS_STORE", "none")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ __all__ = ["SETTINGS", "flag", "integer", "number", "text"]
 SETTINGS: Mapping[str, Tuple[str, str]] = {
     "ARGUS_DISABLED": ("0", "1: Argus does nothing at all; the one kill switch"),
     "ARGUS_DIR": (".argus", "folder of the journals, verdicts and actions"),
-    "ARGUS_STORE": ("", "path or URI of the Parquet store; default: `store` in ARGUS_DIR"),
+    "ARGUS_STORE": ("", "path or URI of the Parquet store; `store` in ARGUS_DIR; `none`: no store"),
     "ARGUS_RUN_ID": ("", "run id; the same id again opens the run's next attempt"),
     "ARGUS_PROJECT": ("", "a name that groups runs"),
     "ARGUS_MODE": ("MANUAL", "MANUAL reports, AUTO applies"),

@@ -24,6 +24,7 @@ from plarv_sinks.store_runs import RunProgress
 __all__ = ["Archived", "archive"]
 
 _POLL_EVENTS = 4096
+_LOOK_S = 0.1
 _GROUP_VALUES = 1_000_000  # of one row group: 32,000 steps of scalars, fewer with samples
 
 _Placed = Tuple[Event, int, int]  # with its ordinal and attempt
@@ -36,11 +37,14 @@ class Archived(NamedTuple):
     rows: Dict[TableName, int]
 
 
-def archive(run_dir: Path, location: Union[str, Path], *, tell: Tell) -> Archived:
+def archive(
+    run_dir: Path, location: Union[str, Path], *, tell: Tell, wait_s: float = 0.0
+) -> Archived:
     """Writes what a store does not have yet of a run's folder: events, verdicts and actions.
 
-    What is still to be folded is folded first. Killed at any point and called again, it leaves
-    every row once. Memory is bounded by one row group and the run's control events.
+    What is still to be folded is folded first; a run whose process is about to end is waited for,
+    up to ``wait_s``. Killed at any point and called again, it leaves every row once. Memory is
+    bounded by one row group and the run's control events.
 
     Raises:
         ReplayError: ``run_dir`` holds no journal, one of a newer version, or that of a run that
@@ -53,8 +57,11 @@ def archive(run_dir: Path, location: Union[str, Path], *, tell: Tell) -> Archive
     require_pyarrow("pyarrow.parquet")
     lock = FileLock(run_dir / FOLD_LOCK)
     # In which order ranks are merged must be decided and written down before anybody keeps it.
-    if not (fold_rest(run_dir) and lock.acquire()):
-        raise ReplayError(f"{run_dir}: it is running; it can be written once it has ended")
+    until = time.monotonic() + wait_s
+    while not (fold_rest(run_dir) and lock.acquire()):
+        if time.monotonic() >= until:
+            raise ReplayError(f"{run_dir}: it is running; it can be written once it has ended")
+        time.sleep(_LOOK_S)
     log = RunLog(run_dir)
     try:
         return _write(run_dir, log, Store(location, tell, create=True), tell)

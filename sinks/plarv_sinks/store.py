@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import (
@@ -86,8 +87,14 @@ class Store:
 
         A file whose rows a finished compaction has put elsewhere is not among them.
         """
-        done, moved = self._compacted()
-        found = [file for file in self._table_files(table, run_id) if file.path not in done]
+        for _ in range(_TRIES):
+            before = self.files.names(COMPACTIONS)
+            done, moved = self._compacted(before)
+            found = [file for file in self._table_files(table, run_id) if file.path not in done]
+            if self.files.names(COMPACTIONS) == before:
+                break  # none began or ended meanwhile
+        else:
+            raise self._restless()
         there = {file.path for file in found}
         for path, target in moved.items():
             file = StoredFile.at(target)
@@ -202,14 +209,29 @@ class Store:
         """
         return self._again(partial(self._covered, table))
 
+    def covers_of(self, table: TableName, file: StoredFile) -> Dict[str, int]:
+        """What one file covers: its name says so, or its metadata. VanishedError."""
+        if file.place is not None:
+            return {file.place.source: file.place.last}
+        found: Dict[str, int] = json.loads(self._reader(table).metadata(file, COVERS_KEY) or b"{}")
+        return found
+
+    def can_read(self, file: StoredFile) -> bool:
+        """Whether it is a file of its table, in a version that we read; else ``tell`` hears it."""
+        return self._reader(_name(file.table)).metadata(file, b"argus.table") is not None
+
+    def whole(self, table: TableName, file: StoredFile) -> Any:
+        """All of one file, as a ``pyarrow.Table`` of the table's columns. OSError, ArrowException:
+        it cannot be read.
+        """
+        schema: Any = arrow.file_schema(table)
+        with self.files.open(file.path) as parquet:
+            return parquet.read().select(schema.names).cast(schema)
+
     def _covered(self, table: TableName) -> Dict[str, int]:
         upto: Dict[str, int] = {}
         for file in self.listed(table):
-            if file.place is not None:
-                lasts = {file.place.source: file.place.last}
-            else:
-                lasts = json.loads(self._reader(table).metadata(file, COVERS_KEY) or b"{}")
-            for source, last in lasts.items():
+            for source, last in self.covers_of(table, file).items():
                 upto[source] = max(last, upto.get(source, -1))
         return upto
 
@@ -247,17 +269,16 @@ class Store:
             found += self.files.listed(table_path("steps", date, run_id))
         return found + self.files.listed(f"{FRESH}/table=steps")
 
-    def _compacted(self) -> Tuple[Set[str], Dict[str, str]]:
+    def _compacted(self, manifests: Sequence[str]) -> Tuple[Set[str], Dict[str, str]]:
         """Files that compactions have replaced, and where those lie that are still to be moved."""
         done: Set[str] = set()
         moved: Dict[str, str] = {}
-        for path in self.files.names(COMPACTIONS):
-            try:
-                manifest = json.loads(self.files.read(path))
-            except FileNotFoundError:
-                continue  # it has just been finished
-            done.update(manifest["removes"])
-            moved.update(manifest["adds"])
+        for path in manifests:
+            if path.endswith(".json"):
+                with suppress(FileNotFoundError):  # it has just been finished
+                    manifest = json.loads(self.files.read(path))
+                    done.update(manifest["removes"])
+                    moved.update(manifest["adds"])
         return done, moved
 
     def _reader(self, table: TableName) -> RowReader:
@@ -276,6 +297,11 @@ class Store:
 
     def _restless(self) -> StoreError:
         return StoreError(f"{self.location}: it changes faster than it can be read")
+
+
+def _name(table: str) -> TableName:
+    """The table of this name. StopIteration: there is none, which no listed file can have."""
+    return next(name for name in arrow.TABLES if name == table)
 
 
 def _ordinal(row: Tuple[int, Event]) -> int:

@@ -182,6 +182,11 @@ class StoreFiles:
         """The paths of all files in ``folder``, whatever they are."""
         return sorted(path for path, _ in self._below(folder))
 
+    def exists(self, path: str) -> bool:
+        """Whether there is a file of this path."""
+        (info,) = self._files.get_file_info([self._full(path)])
+        return bool(info.type == self._fs.FileType.File)
+
     def open(self, path: str) -> Any:
         """A ``pyarrow.parquet.ParquetFile``. FileNotFoundError, OSError, ArrowException."""
         parquet = require_pyarrow("pyarrow.parquet")
@@ -200,8 +205,12 @@ class StoreFiles:
             stream.write(data)
         self.publish([Prepared(aside, path)])
 
-    def prepare(self, path: str, schema: Schema, batches: Iterable[RecordBatch]) -> Prepared:
+    def prepare(
+        self, path: str, schema: Schema, batches: Iterable[RecordBatch], *, sync: bool = True
+    ) -> Prepared:
         """Writes a table's file aside, where readers do not look; :meth:`publish` names it.
+
+        ``sync=False``: whoever publishes it sees to it that it is on the disk.
 
         ``schema`` has the table's file columns, or some of them: those are taken of the batches.
         OSError: nothing was written.
@@ -214,7 +223,7 @@ class StoreFiles:
             ) as writer:
                 for batch in batches:
                     writer.write_batch(_as(schema, batch), row_group_size=_group_rows(batch))
-            if self.is_local:
+            if self.is_local and sync:
                 _sync(self._full(aside))
         except BaseException:
             self.discard([Prepared(aside, path)])

@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command``, the function that runs it."""
     from plarv.cli import (
         actions,
+        compact,
         dead_letters,
         demo,
         export,
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         sync,
         worker,
         sink,
+        compact,
         topics,
         actions,
         dead_letters,

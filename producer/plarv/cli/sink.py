@@ -8,10 +8,9 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generator, List
 
-from plarv import settings
+from plarv.archiving import NO_STORE, store_location
 from plarv.cli.brokers import add_broker_option, fleet_of, told
 from plarv.cli.complaint import Complaint, tell
 from plarv.cli.run_folders import find_run, run_folders, runs_root
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["add_store_option", "add_to", "store_of"]
 
 _STATUS_S = 60.0
+_ENDING_S = 5.0  # a process that has just written its last event still holds the run
 
 _EPILOG = """examples:
   argus sink                        a fleet's log, verdicts and actions (ARGUS_BROKERS), for ever
@@ -62,8 +62,10 @@ def add_store_option(parser: Any) -> None:
 
 def store_of(options: argparse.Namespace) -> str:
     """The store that ``--store`` or the settings name."""
-    found = options.store or settings.text("ARGUS_STORE")
-    return found or str(Path(settings.text("ARGUS_DIR")) / "store")
+    found: str = options.store or store_location()
+    if not found:
+        raise Complaint(f"ARGUS_STORE is {NO_STORE}: name a store with --store")
+    return found
 
 
 def _sink(options: argparse.Namespace) -> int:
@@ -86,9 +88,10 @@ def _archive(options: argparse.Namespace) -> int:
     else:
         folders = [find_run(run) for run in options.runs]
     failed = False
+    wait_s = 0.0 if options.all else _ENDING_S
     for folder in folders:
         try:
-            done = archive(folder, store_of(options), tell=tell)
+            done = archive(folder, store_of(options), tell=tell, wait_s=wait_s)
         except ReplayError as error:
             tell(str(error))
             failed = failed or not options.all  # of all runs, one may still be running

@@ -8,12 +8,41 @@ import select
 import subprocess
 import sys
 import threading
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Sequence
 
-__all__ = ["ChildProcess"]
+__all__ = ["ChildProcess", "leave_alone", "start_apart"]
 
 _MODULE = "plarv.fleet.child"
 _CHUNK = 65_536
+
+
+def start_apart(
+    arguments: Sequence[str], *, stdin: Any, stdout: Any, stderr: Any
+) -> subprocess.Popen[bytes]:
+    """``python -m ARGUMENTS`` in a session of its own, with the modules of this process: a Ctrl-C
+    at the terminal does not reach it, and it may outlive this process. OSError: it cannot be
+    started.
+    """
+    if not sys.executable:
+        raise OSError("nobody can say which interpreter this is")
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        bufsize=0,
+        cwd="/",  # where no file of the user's is taken for a module
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
+        start_new_session=True,
+    )
+
+
+def leave_alone(process: subprocess.Popen[bytes]) -> None:
+    """Lets it end by itself: nobody waits for it, and it leaves no zombie behind."""
+    try:
+        threading.Thread(target=process.wait, name="argus-reaper", daemon=True).start()
+    except RuntimeError:  # the interpreter ends
+        process.returncode = 0
 
 
 class ChildProcess:
@@ -25,19 +54,13 @@ class ChildProcess:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        if not sys.executable:
-            raise OSError("nobody can say which interpreter this is")
         self._rest = b""
         self._ended = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE],
+        self._process = start_apart(
+            [_MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a pipeline must not wait for it
-            bufsize=0,
-            cwd="/",  # where no file of the user's is taken for a module
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
-            start_new_session=True,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -83,10 +106,7 @@ class ChildProcess:
     def leave(self) -> None:
         """Closes its stdin: it ships what is left, for 10 s at most, and ends."""
         self._close_pipes()
-        try:
-            threading.Thread(target=self._process.wait, name="argus-reaper", daemon=True).start()
-        except RuntimeError:  # the interpreter ends
-            self._process.returncode = 0
+        leave_alone(self._process)
 
     def kill(self) -> None:
         """Ends it now."""

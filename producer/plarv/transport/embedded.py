@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, List, Optional
 
+from plarv.archiving import start_archive
 from plarv.decision import Decision
 from plarv.faults import Faults
 from plarv.transport import Mailbox
@@ -96,6 +97,11 @@ class EmbeddedTransport:
             self._finish()
         else:
             self._thread.join(timeout_s)
+        if self.folded_step is not None and self.folded_step >= 0:
+            try:
+                start_archive(self._folder)
+            except OSError as error:
+                self._faults.count("no process to keep the run as Parquet", error)
 
     def discard(self) -> None:
         """Ends the thread; it had nothing to fold."""
