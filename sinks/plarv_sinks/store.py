@@ -146,6 +146,14 @@ class Store:
         )
         return frame if columns is None else frame.select(columns)
 
+    def every(self, table: TableName, columns: Sequence[str]) -> pl.DataFrame:
+        """Some columns of all runs' rows, as they lie there: a row may be there twice."""
+
+        def read() -> List[Any]:
+            return self._reader(table).tables(self.listed(table), columns=columns)
+
+        return _frame(self._again(read), table).select(columns)
+
     def scan(self, table: TableName) -> pl.LazyFrame:
         """All rows of a table, lazily and as they lie there; not to be kept over a compaction."""
         import polars as pl
@@ -318,8 +326,12 @@ def _frame(tables: Sequence[Any], table: TableName) -> pl.DataFrame:
 
     pa = require_pyarrow()
     columns: Any = arrow.file_schema(table)
-    plain = [each.select([n for n in columns.names if n in each.schema.names]) for each in tables]
-    whole = pa.concat_tables([columns.empty_table(), *plain], promote_options="default")
+    plain: List[Any] = []
+    for each in tables:  # other writers choose other widths
+        kept = [field for field in columns if field.name in each.schema.names]
+        plain.append(each.select([field.name for field in kept]).cast(pa.schema(kept)))
+    none = pa.Table.from_arrays([pa.nulls(0, field.type) for field in columns], schema=columns)
+    whole = pa.concat_tables([none, *plain], promote_options="default")
     frame: Any = pl.from_arrow(whole)
     found: pl.DataFrame = frame
     return found

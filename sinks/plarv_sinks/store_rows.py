@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set
 
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
@@ -38,6 +39,7 @@ class RowReader:
         self._table: TableName = table
         self._tell = tell
         self._told: Set[str] = set()
+        self._checked: Set[str] = set()  # files whose columns are what they must be
 
     def tables(
         self,
@@ -115,6 +117,9 @@ class RowReader:
             found = arrow.table_of(parquet.schema_arrow)
             if found != self._table:
                 raise ValueError(f"it holds {found or 'something else'}, not {self._table}")
+            if file.path not in self._checked:
+                _check(parquet.schema_arrow, self._table, file.run_id)
+                self._checked.add(file.path)
             yield parquet
 
     def _failed(self, file: StoredFile, error: Exception) -> None:
@@ -141,9 +146,24 @@ def _groups(parquet: Any, run_id: Optional[str]) -> List[int]:
     return kept
 
 
+def _check(schema: Any, table: TableName, run_id: Optional[str]) -> None:
+    """ValueError: a column is missing, or holds what the table's decoder does not take."""
+    decoders: Dict[TableName, Callable[[RecordBatch], object]] = {
+        "steps": arrow.decode_steps,
+        "events": arrow.decode_controls,
+        "verdicts": arrow.decode_verdicts,
+        "actions": arrow.decode_actions,
+        "runs": arrow.decode_runs,
+    }
+    pa = require_pyarrow()
+    columns = [pa.nulls(0, field.type) for field in schema]
+    empty = pa.RecordBatch.from_arrays(columns, schema=schema)
+    decoders[table](empty if run_id is None else _with_run_id(empty, run_id))
+
+
 def _of_run(rows: Any, run_id: str) -> Any:
     compute = require_pyarrow("pyarrow.compute")
-    return rows.filter(compute.equal(rows.column("run_id"), run_id))
+    return rows.filter(compute.equal(rows.column("run_id"), _text(run_id)))
 
 
 def _with_run_id(rows: Any, run_id: str) -> Any:
@@ -151,7 +171,14 @@ def _with_run_id(rows: Any, run_id: str) -> Any:
     pa = require_pyarrow()
     if "run_id" in rows.schema.names:
         return rows
-    ids = pa.repeat(pa.scalar(run_id, pa.string()), rows.num_rows)
+    ids = pa.repeat(_text(run_id), rows.num_rows)
     fields = [pa.field("run_id", pa.string(), nullable=False), *rows.schema]
     schema = pa.schema(fields, rows.schema.metadata)
     return type(rows).from_arrays([ids, *rows.columns], schema=schema)
+
+
+def _text(value: str) -> Any:
+    """As ``pyarrow.scalar``, which imports pandas where there is one: half a second."""
+    pa, data = require_pyarrow(), value.encode("utf-8")
+    ends = pa.py_buffer(array("i", (0, len(data))))
+    return pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(data)])[0]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from tests.sinks.stores import journal, losses
 
 from plarv_processors.engine import EngineConfig
 from plarv_processors.stored_fold import StoredFold
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import RUN_TABLES
 from plarv_schemas.events import Verdict
-from plarv_schemas.journal import pack_full
 from plarv_schemas.journal_writer import JournalWriter
 from plarv_sinks import export as export_module
 from plarv_sinks.export import export
@@ -23,39 +22,11 @@ from plarv_sinks.replay import ReplayError, engine_for, read_events, replay
 parquet: Any = pytest.importorskip("pyarrow.parquet")
 
 
-
-
-def losses(num_steps: int, spike_at: int) -> List[float]:
-    return [
-        9.0 if spike_at <= step < spike_at + 5 else 2.0 + 0.01 * (step % 5)
-        for step in range(num_steps)
-    ]
-
-
-def record(folder: Path, session: str, values: List[float], first_step: int = 0) -> None:
-    """One session's journal, in segments of 16 KiB."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = JournalWriter(
-        folder, run_id="run", session=session * 16, rank=0, world_size=1, segment_bytes=1 << 14
-    )
-    started = {"mode": "AUTO", "restart_count": 0}
-    writer.control("session_started", step=None, rank=0, data=started)
-    for step, loss in enumerate(values, first_step):
-        writer.prepare()
-        columns: Dict[str, Any] = {"loss": loss, "current_lr": 0.001, "grad_norm": 1.0}
-        if step % 100 == 0:
-            columns["sample_losses"] = (loss, loss)
-        packed, _ = pack_full(writer.record, time.monotonic_ns(), step, columns)
-        assert writer.append(packed)
-    writer.control("session_finished", step=None, rank=0, data={"status": "completed"})
-    writer.close()
-
-
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "run"
-    record(folder, "0", losses(400, spike_at=300))
-    record(folder, "1", losses(400, spike_at=100), first_step=200)
+    journal(folder, "0", losses(400, spike_at=300))
+    journal(folder, "1", losses(400, spike_at=100), first_step=200)
     return folder
 
 
@@ -191,7 +162,7 @@ def test_where_old_segments_were_removed_the_export_begins_there_and_replays_to_
     fold = StoredFold(run_dir)
     live: List[Dict[str, Any]] = []
     for session, first_step in (("0", 0), ("1", 400)):
-        record(run_dir, session, losses(600, spike_at=500), first_step)
+        journal(run_dir, session, losses(600, spike_at=500), first_step)
         fold_all(fold, live)
         if session == "0":
             assert fold.trim() > 0

@@ -72,6 +72,7 @@ class Sink:
         self._topics: List[SourceTopic] = []
         self._is_full = False  # the disk: it takes nothing
         self._wait_until = 0.0  # with the next flush
+        self._committed_at = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Reads and writes until ``stop`` is set; then writes what waits.
@@ -83,6 +84,7 @@ class Sink:
             while not stop.is_set():
                 self._turn()
             self._flush([each for each in self._partitions.values() if each.gathers.num_rows])
+            self._commit()
 
     def _turn(self) -> None:
         found = self._polled()
@@ -95,6 +97,8 @@ class Sink:
                     partition.take(record_of(each), now)
         if now >= self._wait_until:
             self._flush(self._due(now))
+        if now - self._committed_at >= self.config.flush_s:
+            self._commit()  # of what was read and is nothing to write, too
         self._count()
 
     def _polled(self) -> Any:
@@ -181,6 +185,7 @@ class Sink:
         """Commits what the files cover, and what was read beyond and is nothing to write; whether
         the group took it, and so counts this sink as a member.
         """
+        self._committed_at = time.monotonic()
         structs = require_kafka("kafka.structs")
         offsets: Dict[Any, Any] = {}
         for partition in self._partitions.values():
