@@ -27,7 +27,7 @@ from typing import (
 from plarv_processors.engine import left_out_by
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
-from plarv_schemas.events import Action, Event, Verdict
+from plarv_schemas.events import Action, ControlEvent, Event, Verdict
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
 from plarv_sinks.store_files import FRESH, StoredFile, StoreFiles, table_path
 from plarv_sinks.store_rows import RowReader, VanishedError
@@ -103,11 +103,11 @@ class Store:
                     found.append(file._replace(path=path))
         return [file for file in found if since is None or file.date >= since]
 
-    def run_rows(self) -> Dict[str, RunRow]:
-        """The newest row of each run, by id; the run that was last heard of first."""
+    def run_rows(self, run_id: Optional[str] = None) -> Dict[str, RunRow]:
+        """The newest row of each run, or of one, by id; the run that was last heard of first."""
 
         def read() -> List[Any]:
-            return self._reader("runs").tables(self.listed("runs"))
+            return self._reader("runs").tables(self.listed("runs"), run_id)
 
         newest: Dict[str, RunRow] = {}
         for table in self._again(read):
@@ -123,12 +123,12 @@ class Store:
 
     def run_row(self, run_id: str) -> RunRow:
         """The row of one run. StoreError: the store has no such run."""
-        rows = self.run_rows()
-        if run_id not in rows:
-            names = ", ".join(list(rows)[:5])
+        found = self.run_rows(run_id).get(run_id)
+        if found is None:
+            names = ", ".join(list(self.run_rows())[:5])
             hint = f"the newest are {names}" if names else "it holds none"
             raise StoreError(f"{self.location}: no run {run_id}; {hint}")
-        return rows[run_id]
+        return found
 
     def frame(
         self, table: TableName, run_id: str, columns: Optional[Sequence[str]] = None
@@ -177,10 +177,16 @@ class Store:
         controls = self._ordered("events", run_id)
         yield from heapq.merge(steps, controls, key=_ordinal)
 
+    def controls(self, run_id: str) -> Iterator[ControlEvent]:
+        """The run's control events alone."""
+        for _, event in self._ordered("events", run_id):
+            if isinstance(event, ControlEvent):
+                yield event
+
     def verdicts(self, run_id: str) -> List[Verdict]:
         """The recorded verdicts, by ordinal: none of a detector that had been left out by then."""
         last: Dict[str, int] = {}
-        for _, event in self._ordered("events", run_id):
+        for event in self.controls(run_id):
             left = left_out_by(event)
             if left is not None:
                 last[left[0]] = min(left[1], last.get(left[0], left[1]))

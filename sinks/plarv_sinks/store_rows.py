@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
@@ -15,6 +15,13 @@ from plarv_sinks.store_files import StoredFile, StoreFiles
 __all__ = ["RowReader", "RunSpan", "VanishedError"]
 
 _BATCH_ROWS = 4096
+_DECODERS: Dict[TableName, Callable[[RecordBatch], object]] = {
+    "steps": arrow.decode_steps,
+    "events": arrow.decode_controls,
+    "verdicts": arrow.decode_verdicts,
+    "actions": arrow.decode_actions,
+    "runs": arrow.decode_runs,
+}
 
 
 class VanishedError(Exception):
@@ -39,7 +46,8 @@ class RowReader:
         self._table: TableName = table
         self._tell = tell
         self._told: Set[str] = set()
-        self._checked: Set[str] = set()  # files whose columns are what they must be
+        self._good: List[Tuple[bool, Any]] = []  # schemas that were found to be the table's
+        self._ranges: Dict[StoredFile, Tuple[str, str]] = {}  # the least and largest run id in it
 
     def tables(
         self,
@@ -95,6 +103,8 @@ class RowReader:
     def _table_of(
         self, file: StoredFile, run_id: Optional[str], columns: Optional[Sequence[str]]
     ) -> Any:
+        if not self._may_hold(file, run_id):
+            return None
         try:
             with self._open(file) as parquet:
                 wanted = None
@@ -102,6 +112,8 @@ class RowReader:
                     there = set(parquet.schema_arrow.names)
                     wanted = [name for name in columns if name in there]
                 groups = _groups(parquet, None if file.run_id is not None else run_id)
+                if not groups:
+                    return None
                 table = parquet.read_row_groups(groups, columns=wanted)
         except (require_pyarrow().ArrowException, OSError, ValueError) as error:
             self._failed(file, error)
@@ -117,10 +129,32 @@ class RowReader:
             found = arrow.table_of(parquet.schema_arrow)
             if found != self._table:
                 raise ValueError(f"it holds {found or 'something else'}, not {self._table}")
-            if file.path not in self._checked:
-                _check(parquet.schema_arrow, self._table, file.run_id)
-                self._checked.add(file.path)
+            self._check(parquet.schema_arrow, file.run_id)
+            self._note_range(file, parquet)
             yield parquet
+
+    def _check(self, schema: Any, run_id: Optional[str]) -> None:
+        """ValueError: a column is missing, or holds what the table's decoder does not take."""
+        named = run_id is not None
+        if any(named == same and schema.equals(good) for same, good in self._good):
+            return
+        pa = require_pyarrow()
+        columns = [pa.nulls(0, field.type) for field in schema]
+        empty = pa.RecordBatch.from_arrays(columns, schema=schema)
+        _DECODERS[self._table](empty if run_id is None else _with_run_id(empty, run_id))
+        self._good.append((named, schema))
+
+    def _may_hold(self, file: StoredFile, run_id: Optional[str]) -> bool:
+        """Whether the file may hold the run, as far as is known from reading it before."""
+        known = self._ranges.get(file)
+        return run_id is None or known is None or known[0] <= run_id <= known[1]
+
+    def _note_range(self, file: StoredFile, parquet: Any) -> None:
+        if file.run_id is None and file not in self._ranges:
+            ranges = [_run_ids(parquet, number) for number in range(parquet.num_row_groups)]
+            known = [each for each in ranges if each is not None]
+            if known and len(known) == len(ranges):
+                self._ranges[file] = (min(low for low, _ in known), max(high for _, high in known))
 
     def _failed(self, file: StoredFile, error: Exception) -> None:
         if isinstance(error, FileNotFoundError):
@@ -132,33 +166,19 @@ class RowReader:
 
 def _groups(parquet: Any, run_id: Optional[str]) -> List[int]:
     """The row groups that may hold the run, by their statistics."""
-    metadata = parquet.metadata
-    numbers = list(range(metadata.num_row_groups))
-    if run_id is None or "run_id" not in parquet.schema_arrow.names:
-        return numbers
-    column = parquet.schema_arrow.names.index("run_id")
     kept: List[int] = []
-    for number in numbers:
-        found = metadata.row_group(number).column(column).statistics
-        unknown = found is None or not found.has_min_max
-        if unknown or found.min <= run_id <= found.max:
+    for number in range(parquet.num_row_groups):
+        found = None if run_id is None else _run_ids(parquet, number)
+        if run_id is None or found is None or found[0] <= run_id <= found[1]:
             kept.append(number)
     return kept
 
 
-def _check(schema: Any, table: TableName, run_id: Optional[str]) -> None:
-    """ValueError: a column is missing, or holds what the table's decoder does not take."""
-    decoders: Dict[TableName, Callable[[RecordBatch], object]] = {
-        "steps": arrow.decode_steps,
-        "events": arrow.decode_controls,
-        "verdicts": arrow.decode_verdicts,
-        "actions": arrow.decode_actions,
-        "runs": arrow.decode_runs,
-    }
-    pa = require_pyarrow()
-    columns = [pa.nulls(0, field.type) for field in schema]
-    empty = pa.RecordBatch.from_arrays(columns, schema=schema)
-    decoders[table](empty if run_id is None else _with_run_id(empty, run_id))
+def _run_ids(parquet: Any, group: int) -> Optional[Tuple[str, str]]:
+    """The least and the largest in a row group; None: its statistics do not say."""
+    column = parquet.metadata.row_group(group).column(0)  # run_id is the first where it is one
+    found = column.statistics if column.path_in_schema == "run_id" else None
+    return None if found is None or not found.has_min_max else (found.min, found.max)
 
 
 def _of_run(rows: Any, run_id: str) -> Any:

@@ -1,13 +1,15 @@
-"""``argus replay FILE...`` and ``argus replay --from kafka://...``: judges recorded runs."""
+"""``argus replay``: judges recorded runs again, from files, a fleet's log, or a store."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Generator, Tuple
 
 from plarv.cli.complaint import Complaint, tell
+from plarv.cli.replay_store import names_in, replay_store
 from plarv.cli.replayed import Replayed
 from plarv_schemas.events import LEVELS
 
@@ -26,6 +28,8 @@ examples:
   argus replay .argus/runs/RUN --json | jq .message
   argus replay losses.csv --detector my_package.my_detector:MyDetector
   argus replay --from kafka://broker:9092 --runs RUN --compare
+  argus replay --from .argus/store --since 30d --detector my_package.my_detector:MyDetector
+                                  history through a new detector, beside what was recorded
 """
 
 
@@ -51,6 +55,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--without", action="append", default=[], metavar="NAME", help="leave a detector out"
     )
+    parser.add_argument("--only", metavar="NAME,...", help="these detectors alone")
     parser.add_argument(
         "--fail-on",
         choices=LEVELS[1:],
@@ -69,37 +74,70 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        metavar="kafka://HOST:PORT",
-        help="a fleet's log instead of files",
+        metavar="kafka://HOST:PORT|STORE",
+        help="a fleet's log, or a store of Parquet files (path or URI), instead of files",
+    )
+    parser.add_argument("--runs", metavar="RUN,...", help="of that log or store (default: all)")
+    parser.add_argument(
+        "--since", metavar="DATE|DAYS", help="of a store: runs heard of since, as 2026-11-01 or 30d"
     )
     parser.add_argument(
-        "--runs", metavar="RUN,...", help="of the fleet's log, these alone (default: all)"
+        "--jobs", type=int, metavar="N", help="of a store: processes (default: one a core)"
     )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE",
+        help="of a store: CSV or JSON with run_id and label, for precision and recall",
+    )  # fmt: skip
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="with what the fleet recorded, whole records; exit with 1 where they differ",
+        help="with what was recorded, whole records; exit with 1 where they differ",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Replays every file; a file that cannot be read does not keep the others from being."""
-    if bool(options.files) == bool(options.source):
-        raise Complaint("name files to replay, or a fleet's log with --from kafka://HOST:PORT")
-    if not options.source and (options.runs is not None or options.compare):
-        raise Complaint("--runs and --compare go with --from kafka://HOST:PORT")
-    config = _engine_config(options)
-    if options.source:
-        from plarv.cli.replay_log import replay_log
+    _check(options)
+    with _modules_beside_you():
+        if options.source is None:
+            worst, failed = _replay_files(options, _engine_config(options))
+            if failed:
+                return 2
+        elif options.source.startswith("kafka://"):
+            from plarv.cli.replay_log import replay_log
 
-        worst, differs = replay_log(options, config)
-        if differs:
-            return 1
-    else:
-        worst, failed = _replay_files(options, config)
-        if failed:
-            return 2
+            worst, differs = replay_log(options, _engine_config(options))
+            if differs:
+                return 1
+        else:
+            worst, differs = replay_store(options, _engine_config(options))
+            if differs:
+                return 1
     return 3 if options.fail_on and worst >= LEVELS.index(options.fail_on) else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Complains of options that would do nothing."""
+    if bool(options.files) == bool(options.source):
+        raise Complaint("name files to replay, or --from kafka://HOST:PORT, or --from STORE")
+    if not options.source and (options.runs is not None or options.compare):
+        raise Complaint("--runs and --compare go with --from")
+    if options.source is None or options.source.startswith("kafka://"):
+        for name in ("since", "jobs", "labels"):
+            if getattr(options, name) is not None:
+                raise Complaint(f"--{name} goes with --from STORE")
+    if options.jobs is not None and options.jobs < 1:
+        raise Complaint(f"--jobs is at least 1, not {options.jobs}")
+
+
+@contextmanager
+def _modules_beside_you() -> Generator[None, None, None]:
+    """A detector in the working folder is found, as with `python -m`."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
 
 
 def _replay_files(options: argparse.Namespace, config: EngineConfig) -> Tuple[int, bool]:
@@ -135,23 +173,15 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
     from plarv_processors.detectors import load
     from plarv_processors.engine import EngineConfig
 
-    sys.path.insert(0, "")  # a detector beside you is found, as with `python -m`
     try:
         extra = tuple(load(path) for path in options.detector)
     except ValueError as error:
         raise Complaint(str(error)) from error
-    finally:
-        sys.path.remove("")
-    config = EngineConfig(mode=options.mode, extra=extra, without=tuple(options.without))
-    unknown = _unknown(EngineConfig(extra=extra), options.without)
-    if unknown is not None:
-        raise Complaint(unknown)
-    return config
-
-
-def _unknown(config: EngineConfig, without: List[str]) -> Optional[str]:
-    names = [cls.name for cls in config.classes()]
-    for name in without:
-        if name not in names:
-            return f"--without {name}: no such detector; there are {', '.join(names)}"
-    return None
+    names = [cls.name for cls in EngineConfig(extra=extra).classes()]
+    only = names_in(options.only)
+    for option, given in (("--without", options.without), ("--only", only)):
+        for name in given:
+            if name not in names:
+                raise Complaint(f"{option} {name}: no such detector; there are {', '.join(names)}")
+    without = [*options.without, *[name for name in names if only and name not in only]]
+    return EngineConfig(mode=options.mode, extra=extra, without=tuple(without))
