@@ -32,17 +32,21 @@ from plarv_schemas.events import Verdict
 
 
 class Quick:
-    """Fires at step 5."""
+    """Fires once, at step 50 or the first after it."""
 
     name = "quick"
     scope = "run"
     version = "quick-1"
 
+    def __init__(self):
+        self.fired = False
+
     def update(self, event):
-        if event.step != 5:
+        if self.fired or event.step < 50:
             return ()
-        return (Verdict(event.run_id, 0, None, 5, 0, "quick", "fifth", "warn", "opened", 5, 1.0,
-                        1.0, {}, "the fifth step", self.version),)
+        self.fired = True
+        return (Verdict(event.run_id, 0, None, event.step, 0, "quick", "fiftieth", "warn", "opened", event.step, 1.0,
+                        1.0, {}, "the fiftieth step", self.version),)
 '''
 
 
