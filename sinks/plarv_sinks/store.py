@@ -22,6 +22,7 @@ from typing import (
     Tuple,
     TypeVar,
     Union,
+    cast,
 )
 
 from plarv_processors.engine import left_out_by
@@ -158,12 +159,20 @@ class Store:
         """All rows of a table, lazily and as they lie there; not to be kept over a compaction."""
         import polars as pl
 
-        parts = [
-            pl.scan_parquet(self.files.uri(file.path), hive_partitioning=True)
-            for file in self.listed(table)
-        ]
-        if not parts:
+        listed = self.listed(table)
+        if not listed:
             return _frame([], table).lazy()
+        if not self.files.is_local:
+            return pl.scan_pyarrow_dataset(self.files.dataset([file.path for file in listed]))
+        # With and without the run in the folder's name: polars wants one kind of name in a scan.
+        parts = [
+            pl.scan_parquet(paths, hive_partitioning=True)
+            for paths in (
+                [self.files.uri(file.path) for file in listed if (file.run_id is None) == together]
+                for together in (True, False)
+            )
+            if paths
+        ]
         return pl.concat(parts, how="diagonal_relaxed")
 
     def events(self, run_id: str) -> Iterator[Event]:
@@ -330,7 +339,7 @@ def _frame(tables: Sequence[Any], table: TableName) -> pl.DataFrame:
     """The tables' rows in one frame; columns that a table lacks are null."""
     import polars as pl
 
-    pa = require_pyarrow()
+    pa, reader = require_pyarrow(), cast(Any, pl)
     columns: Any = arrow.file_schema(table)
     plain: List[Any] = []
     for each in tables:  # other writers choose other widths
@@ -338,6 +347,5 @@ def _frame(tables: Sequence[Any], table: TableName) -> pl.DataFrame:
         plain.append(each.select([field.name for field in kept]).cast(pa.schema(kept)))
     none = pa.Table.from_arrays([pa.nulls(0, field.type) for field in columns], schema=columns)
     whole = pa.concat_tables([none, *plain], promote_options="default")
-    frame: Any = pl.from_arrow(whole)
-    found: pl.DataFrame = frame
-    return found
+    frame: pl.DataFrame = reader.from_arrow(whole)
+    return frame

@@ -48,6 +48,7 @@ _GROUP_BYTES = 32 * 1024 * 1024
 _numbers = count()
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_SECRET = re.compile(r"//[^@/]*@")
 _PART = re.compile(r"^([a-z_]+)=(.*)$")
 _FRESH_NAME = re.compile(r"^p(\d+)-([0-9a-z]+)-(\d+)-(\d+)\.parquet$")
 
@@ -143,12 +144,13 @@ class StoreFiles:
     def __init__(self, location: Union[str, Path]) -> None:
         self._fs: Any = require_pyarrow("pyarrow.fs")
         text = str(location)
-        self.location = text
+        self.location = _SECRET.sub("//***@", text)  # as it is told: without a key in it
+        self._given, _, self._options = text.partition("?")
         if _URI.match(text):
             try:
                 self._files, self._root = self._fs.FileSystem.from_uri(text)
             except require_pyarrow().ArrowException as error:
-                raise ValueError(f"{text}: {error}") from error
+                raise ValueError(f"{self.location}: {error}") from error
         else:
             self._files, self._root = self._fs.LocalFileSystem(), os.path.abspath(text)
         self.is_local = isinstance(self._files, self._fs.LocalFileSystem)
@@ -159,7 +161,10 @@ class StoreFiles:
 
     def uri(self, path: str) -> str:
         """How a file is named to others: its path, or its URI."""
-        return posixpath.join(self.location if not self.is_local else self._root, path)
+        if self.is_local:
+            return self._full(path)
+        options = f"?{self._options}" if self._options else ""
+        return posixpath.join(self._given, path) + options
 
     def listed(self, folder: str) -> List[StoredFile]:
         """The store's files below ``folder``, by path."""
@@ -191,6 +196,18 @@ class StoreFiles:
         """A ``pyarrow.parquet.ParquetFile``. FileNotFoundError, OSError, ArrowException."""
         parquet = require_pyarrow("pyarrow.parquet")
         return parquet.ParquetFile(self._full(path), filesystem=self._files)
+
+    def dataset(self, paths: Sequence[str]) -> Any:
+        """A ``pyarrow.dataset.Dataset`` of these files, with the folders' names as columns."""
+        pa, dataset = require_pyarrow(), require_pyarrow("pyarrow.dataset")
+        keys = pa.schema([(name, pa.string()) for name in ("table", "date", "run_id")])
+        return dataset.dataset(
+            [self._full(path) for path in paths],
+            filesystem=self._files,
+            format="parquet",
+            partitioning=dataset.partitioning(keys, flavor="hive"),
+            partition_base_dir=self._root,
+        )
 
     def read(self, path: str) -> bytes:
         """A small file, whole."""

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from array import array
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
@@ -94,8 +106,8 @@ class RowReader:
         """A value of the file's metadata. VanishedError."""
         try:
             with self._open(file) as parquet:
-                found: Optional[bytes] = (parquet.schema_arrow.metadata or {}).get(key)
-                return found
+                metadata: Dict[bytes, bytes] = parquet.schema_arrow.metadata or {}
+                return metadata.get(key)
         except (require_pyarrow().ArrowException, OSError, ValueError) as error:
             self._failed(file, error)
         return None
@@ -123,7 +135,7 @@ class RowReader:
         return table if run_id is None else _of_run(table, run_id)
 
     @contextmanager
-    def _open(self, file: StoredFile) -> Iterator[Any]:
+    def _open(self, file: StoredFile) -> Generator[Any, None, None]:
         """The Parquet file. ValueError: it is not one of this table, or of a newer version."""
         with self._files.open(file.path) as parquet:
             found = arrow.table_of(parquet.schema_arrow)
@@ -194,7 +206,8 @@ def _with_run_id(rows: Any, run_id: str) -> Any:
     ids = pa.repeat(_text(run_id), rows.num_rows)
     fields = [pa.field("run_id", pa.string(), nullable=False), *rows.schema]
     schema = pa.schema(fields, rows.schema.metadata)
-    return type(rows).from_arrays([ids, *rows.columns], schema=schema)
+    kind: Any = rows.__class__
+    return kind.from_arrays([ids, *rows.columns], schema=schema)
 
 
 def _text(value: str) -> Any:

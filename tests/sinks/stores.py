@@ -97,7 +97,9 @@ def findings_records(found: Iterable[Union[Verdict, Action]]) -> Dict[SourceTopi
     return {VERDICTS: records_of(verdicts, VERDICTS), ACTIONS: records_of(actions, ACTIONS)}
 
 
-def sink_into(location: Path, log: Mapping[SourceTopic, Sequence[Record]], every: int = 50) -> None:
+def sink_into(
+    location: Union[str, Path], log: Mapping[SourceTopic, Sequence[Record]], every: int = 50
+) -> None:
     """Writes a log into a store as a sink does, a flush every so many messages."""
     store = Store(location, create=True)
     for topic, records in log.items():

@@ -45,8 +45,9 @@ class Quick:
         if self.fired or event.step < 50:
             return ()
         self.fired = True
-        return (Verdict(event.run_id, 0, None, event.step, 0, "quick", "fiftieth", "warn", "opened", event.step, 1.0,
-                        1.0, {}, "the fiftieth step", self.version),)
+        at = event.step
+        return (Verdict(event.run_id, 0, None, at, 0, "quick", "fiftieth", "warn", "opened", at,
+                        1.0, 1.0, {}, "the fiftieth step", self.version),)
 '''
 
 
@@ -130,7 +131,8 @@ def test_ranks_and_attempts_are_kept_apart() -> None:
     [
         "run_id,label,failure_step,detectors\na,nan,7,non_finite loss_spike\nb,healthy,,\n",
         (
-            '{"run_id": "a", "label": "nan", "step": 7, "detectors": ["non_finite", "loss_spike"]}\n'
+            '{"run_id": "a", "label": "nan", "step": 7,'
+            ' "detectors": ["non_finite", "loss_spike"]}\n'
             '{"run_id": "b", "label": "ok"}\n'
         ),
         (
