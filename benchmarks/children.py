@@ -124,7 +124,11 @@ def _torch_paths(package: Package, workload: str) -> List[str]:
 
 
 def clean_environment() -> Dict[str, str]:
-    """The environment without what sets up either SDK, or makes this process a rank of a job."""
+    """The environment without what sets up either SDK, or makes this process a rank of a job.
+
+    No run is kept as Parquet: the process that does it would run beside the next measurement.
+    """
     ours = ("ARGUS_", "PLARV_", "SLURM_", "OMPI_", "PMI_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH"}
-    return {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in names}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in names}
+    return {**kept, "ARGUS_STORE": "none"}
