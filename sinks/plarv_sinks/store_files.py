@@ -248,11 +248,21 @@ class StoreFiles:
         return Prepared(aside, path)
 
     def publish(self, prepared: Sequence[Prepared]) -> None:
-        """Gives the files their names, one after the other: each is there as a whole. OSError."""
-        for aside, path in prepared:
-            self.move(aside, path)
-            if self.is_local:
-                _sync(posixpath.dirname(self._full(path)))
+        """Gives the files their names, one after the other: each is there as a whole.
+
+        OSError: none of them is there.
+        """
+        try:
+            for aside, path in prepared:
+                self.move(aside, path)
+                if self.is_local:
+                    _sync(posixpath.dirname(self._full(path)))
+        except BaseException:
+            for _, path in reversed(prepared):  # the last one says that the others count
+                with suppress(OSError):
+                    self.remove(path)
+            self.discard(prepared)
+            raise
 
     def discard(self, prepared: Sequence[Prepared]) -> None:
         """Removes what was prepared and is not to be published."""

@@ -193,6 +193,8 @@ class Sink:
             note = f"{partition.source}:{partition.covered}"
             place = place_of(partition.topic.name, partition.number)
             offsets[place] = structs.OffsetAndMetadata(at, note, -1)
+        if not offsets:
+            return True
         try:
             self._consumer.commit(offsets, timeout_ms=10_000)
         except Exception as error:

@@ -223,3 +223,26 @@ def test_watermarks_alone_make_no_file(tmp_path: Path) -> None:
     assert partition.next == 1
     assert partition.since is None
     assert partition.prepare(store) == []
+
+
+def test_a_flush_that_cannot_be_named_as_a_whole_leaves_nothing_and_is_made_again(
+    tmp_path: Path,
+) -> None:
+    records = records_of(packed(random.Random(6), runs_of("spike")))
+    store = Store(tmp_path / "store", create=True)
+    partition = partition_of(store)
+    half = len(records) // 2
+    for record in records[:half]:
+        partition.take(record, 0.0)
+    in_the_way = tmp_path / "store" / "fresh" / "table=runs"
+    in_the_way.parent.mkdir()
+    in_the_way.write_text("a file, where a folder is wanted")
+    with pytest.raises(OSError, match="table=runs"):
+        flush(store, partition)
+    assert store.files.listed("") == []
+    assert store.files.names("_aside") == []
+    in_the_way.unlink()
+    for record in records[half:]:
+        partition.take(record, 0.0)
+    flush(store, partition)
+    assert_holds(store, {"run-spike": in_the_logs_order(records, "run-spike")})
