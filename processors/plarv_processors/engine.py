@@ -14,7 +14,7 @@ from plarv_processors.snapshot import dump, pack, restore, unpack
 from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
 from plarv_schemas.versions import SNAPSHOT_VERSION
 
-__all__ = ["Engine", "EngineConfig", "left_out_by"]
+__all__ = ["Engine", "EngineConfig", "is_compiled", "left_out_by"]
 
 _Update = Callable[[StepEvent], Tuple[Verdict, ...]]
 _NEVER = 1 << 62
@@ -238,6 +238,11 @@ def left_out_by(event: Event) -> Optional[Tuple[str, int]]:
     if isinstance(detector, str) and isinstance(ordinal, int):
         return detector, ordinal
     return None
+
+
+def is_compiled() -> bool:
+    """Whether this is the fold as compiled to machine code; either build says the same."""
+    return not __file__.endswith((".py", ".pyc"))
 
 
 _OWN = (

@@ -25,7 +25,15 @@ from typing import (
 
 from plarv_schemas.events import LIST_COLUMNS, SCALAR_COLUMNS, StepEvent
 
-__all__ = ["CurveSource", "ReplayError", "Tell", "first_line", "read_curve", "understood"]
+__all__ = [
+    "CurveSource",
+    "ReplayError",
+    "Tell",
+    "first_line",
+    "listed",
+    "read_curve",
+    "understood",
+]
 
 Tell = Callable[[str], None]
 """Takes one line for the person who reads along."""
@@ -94,8 +102,13 @@ def understood(columns: Sequence[str]) -> Tuple[Dict[str, str], List[str]]:
     return found, [column for column in columns if column not in used]
 
 
-def read_curve(source: CurveSource, tell: Tell) -> Iterator[StepEvent]:
+def read_curve(
+    source: CurveSource, tell: Tell, found: Optional[Mapping[str, str]] = None, run_id: str = ""
+) -> Iterator[StepEvent]:
     """The rows as step events, in their order; `tell` hears of what was left out.
+
+    ``found``: our name -> the file's name of every column to read; without it the columns are
+    `understood`. ``run_id``: of rows that name none; without it the file's name.
 
     A row's number is its event's record. Without a step column the rows of each run, attempt and
     rank count from 0. Each rank is a session, and each value of ``attempt`` another one, as after a
@@ -104,13 +117,15 @@ def read_curve(source: CurveSource, tell: Tell) -> Iterator[StepEvent]:
     Raises:
         ReplayError: neither loss nor val_loss is there, or no row.
     """
-    found, others = understood(source.columns)
+    others: Sequence[str] = ()
+    if found is None:
+        found, others = understood(source.columns)
     if "loss" not in found and "val_loss" not in found:
-        columns = _listed(source.columns)
+        columns = listed(source.columns)
         raise ReplayError(f"{source.name}: no loss and no val_loss column; its columns: {columns}")
     if others:
-        tell(f"{source.name}: ignored columns: {_listed(others)}")
-    reader = _RowReader(source, found)
+        tell(f"{source.name}: ignored columns: {listed(others)}")
+    reader = _RowReader(source, found, run_id)
     if "rank" in found:
         reader.count_ranks()
     yield from reader.events()
@@ -129,11 +144,11 @@ class _Place(NamedTuple):
 class _RowReader:
     """Turns rows into events and keeps count of what could not be read."""
 
-    def __init__(self, source: CurveSource, found: Mapping[str, str]) -> None:
+    def __init__(self, source: CurveSource, found: Mapping[str, str], run_id: str) -> None:
         self.num_rows = 0
         self._source = source
         self._found = found
-        self._default_run = _stem(source.name)
+        self._default_run = run_id or _stem(source.name)
         self._ranks: Dict[Tuple[str, Optional[int]], Set[int]] = {}
         self._attempts: Dict[str, Dict[Optional[int], int]] = {}  # run -> attempt -> from 1
         self._next_step: Dict[_Place, int] = {}
@@ -300,6 +315,7 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(name.strip()[:40] or "(no name)" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

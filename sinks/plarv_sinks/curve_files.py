@@ -10,10 +10,22 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, TextIO, ca
 from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_sinks.curve import ReplayError, first_line
 
-__all__ = ["CsvCurve", "JsonLinesCurve", "ParquetCurve"]
+__all__ = ["CsvCurve", "JsonLinesCurve", "ParquetCurve", "header_of"]
 
 _LONGEST_CELL = 1 << 26  # characters; a list of a million samples as JSON in a cell
 _BATCH_ROWS = 4096
+
+
+def header_of(head: bytes) -> List[str]:
+    """The column names of a CSV that begins so; none where it cannot be one."""
+    lines = head.decode("utf-8-sig", "replace").splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    try:
+        for cells in csv.reader([header], delimiter=max(",;\t", key=header.count)):
+            return cells
+    except csv.Error:
+        return []
+    return []
 
 
 class CsvCurve:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterable, Iterator, Optional, Protocol, Tuple, Union
+from typing import Collection, Iterable, Iterator, List, Mapping, Optional, Protocol, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig, left_out_by
 from plarv_processors.stored_fold import base_of
 from plarv_schemas.events import Action, Event, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_schemas.run_log import RunLog, is_run_dir, read_run
-from plarv_sinks.curve import ReplayError, Tell, first_line, read_curve
-from plarv_sinks.curve_files import CsvCurve, JsonLinesCurve, ParquetCurve
+from plarv_sinks.curve import ReplayError, Tell, first_line, listed, read_curve
 from plarv_sinks.exported import read_export, read_recorded_controls, read_recorded_steps
+from plarv_sinks.importers import ImportedRun, format_of, open_source
+from plarv_sinks.importers.plain import is_binary, open_table, table_columns
 
 __all__ = ["Finding", "Fold", "ReplayError", "RunSummary", "engine_for", "read_events", "replay"]
 
 Finding = Union[Verdict, Action]
 
-_KINDS = "CSV, JSON lines, Parquet, a journal or an export's folder"
+_KINDS = "CSV, JSON lines, Parquet, a journal, an export's folder or a known logger's files"
 _HEAD_BYTES = 8192
 
 
@@ -96,21 +97,59 @@ class RunSummary:
             self.num_actions += 1
 
 
-def read_events(path: Path, tell: Tell) -> Iterator[Event]:
+def read_events(
+    path: Path,
+    tell: Tell,
+    *,
+    format: Optional[str] = None,  # noqa: A002 - the word of the command line
+    columns: Optional[Mapping[str, str]] = None,
+    runs: Collection[str] = (),
+) -> Iterator[Event]:
     """The events recorded in a file or folder, in the log's order; `tell` hears what was left out.
 
     A table of a curve (CSV, JSON lines, Parquet; see `read_curve`), a run's folder or one of its
-    ``.journal`` files, or a folder that an export wrote. Content decides, not the name.
+    ``.journal`` files, a folder that an export wrote, or what another logger wrote (see
+    `plarv_sinks.importers`). Content decides, not the name, unless ``format`` names an importer.
+    ``columns``: our column -> the log's. ``runs``: ids or names, of several the only ones to read.
 
     Raises:
         ReplayError: there is nothing that can be replayed, and why, in one line.
     """
     try:
-        yield from _open(path, tell)
+        if format is None:
+            yield from _open(path, tell, columns or {}, runs)
+        else:
+            yield from _imported(path, tell, format, columns or {}, runs)
     except ImportError as error:
         raise ReplayError(f"{path}: {error}") from error
     except OSError as error:
         raise ReplayError(f"{path}: {error.strerror or first_line(error)}") from error
+
+
+def _imported(
+    path: Path, tell: Tell, kind: str, columns: Mapping[str, str], runs: Collection[str]
+) -> Iterator[Event]:
+    """The events of a source's runs; one of several that cannot be replayed is told."""
+    names: List[str] = []
+    chosen: List[ImportedRun] = []
+    for run in open_source(path, kind, columns, tell):
+        names.append(run.name)
+        if not runs or run.name in runs or run.run_id in runs:
+            chosen.append(run)
+    if not chosen:
+        raise ReplayError(f"{path}: no run of that name; there are {listed(names, 40)}")
+    if len(chosen) == 1:
+        yield from chosen[0].events()
+        return
+    failed: List[ReplayError] = []
+    for run in chosen:
+        try:
+            yield from run.events()
+        except ReplayError as error:
+            failed.append(error)
+            tell(f"run {run.name} left out: {error}")
+    if len(failed) == len(chosen):
+        raise failed[0]
 
 
 def engine_for(path: Path, config: EngineConfig, tell: Tell) -> Engine:
@@ -154,9 +193,11 @@ def _left_out(path: Path) -> Iterator[Tuple[str, int]]:
             yield found
 
 
-def _open(path: Path, tell: Tell) -> Iterator[Event]:
+def _open(
+    path: Path, tell: Tell, columns: Mapping[str, str], runs: Collection[str]
+) -> Iterator[Event]:
     if path.is_dir():
-        return _open_folder(path, tell)
+        return _open_folder(path, tell, columns, runs)
     if not path.exists():
         raise ReplayError(f"{path}: no such file")
     if not path.is_file():
@@ -168,22 +209,34 @@ def _open(path: Path, tell: Tell) -> Iterator[Event]:
     if not head.strip():
         raise ReplayError(f"{path}: the file is empty")
     if head[:4] == b"PAR1":
-        return _open_parquet(path, tell)
-    if _is_binary(head):
+        return _open_parquet(path, tell, columns)
+    found = format_of(path)
+    if found is None and is_binary(head):
         raise ReplayError(f"{path}: a binary file; {_KINDS} can be replayed")
-    return _open_text(path, head, tell)
+    if found in (None, "plain"):
+        if not runs:
+            return _open_table(path, tell, columns)
+        found = "plain"
+    return _imported(path, tell, found or "plain", columns, runs)
 
 
-def _open_folder(path: Path, tell: Tell) -> Iterator[Event]:
+def _open_folder(
+    path: Path, tell: Tell, columns: Mapping[str, str], runs: Collection[str]
+) -> Iterator[Event]:
     if is_run_dir(path):
         return _journal(path, _read_folder(path, tell))
     if (path / "steps.parquet").is_file():
         return read_export(path)
     for folder in (path, path / "runs"):
-        runs = [each for each in folder.iterdir() if is_run_dir(each)] if folder.is_dir() else []
-        if runs:
-            raise ReplayError(f"{path}: holds {len(runs)} runs; name one, such as {max(runs)}")
-    raise ReplayError(f"{path}: a folder without a journal or steps.parquet")
+        ours = [each for each in folder.iterdir() if is_run_dir(each)] if folder.is_dir() else []
+        if ours:
+            raise ReplayError(f"{path}: holds {len(ours)} runs; name one, such as {max(ours)}")
+    found = format_of(path)
+    if found is not None:
+        return _imported(path, tell, found, columns, runs)
+    raise ReplayError(
+        f"{path}: a folder without a journal, steps.parquet or the files of a logger that is known"
+    )
 
 
 def _read_folder(path: Path, tell: Tell) -> Iterator[Event]:
@@ -212,7 +265,7 @@ def _journal(path: Path, events: Iterator[Event]) -> Iterator[Event]:
         raise ReplayError(f"{path}: the journal holds no event")
 
 
-def _open_parquet(path: Path, tell: Tell) -> Iterator[Event]:
+def _open_parquet(path: Path, tell: Tell, columns: Mapping[str, str]) -> Iterator[Event]:
     from plarv_schemas.arrow import table_of
 
     parquet, error_type = require_pyarrow("pyarrow.parquet"), require_pyarrow().ArrowException
@@ -224,24 +277,9 @@ def _open_parquet(path: Path, tell: Tell) -> Iterator[Event]:
         return read_recorded_steps(path)
     if table is not None:
         raise ReplayError(f"{path}: holds {table}, not steps; name its folder to replay the run")
-    return read_curve(ParquetCurve(path), tell)
+    return _open_table(path, tell, columns)
 
 
-def _open_text(path: Path, head: bytes, tell: Tell) -> Iterator[Event]:
-    text = head.decode("utf-8-sig", "replace").lstrip()
-    if text.startswith("{"):
-        source = JsonLinesCurve(path)
-        if source.num_bad_lines:
-            tell(f"{path}: lines that are no JSON object and were left out: {source.num_bad_lines}")
-        return read_curve(source, tell)
-    if text.startswith("["):
-        raise ReplayError(f"{path}: one JSON array; write one object a line (JSON lines) instead")
-    return read_curve(CsvCurve(path), tell)
-
-
-def _is_binary(head: bytes) -> bool:
-    """A NUL, or more bytes that are not UTF-8 than a name or two in another encoding would make."""
-    if b"\0" in head:
-        return True
-    text = head.decode("utf-8", "replace")
-    return text.count("\ufffd") > max(4, len(text) // 20)
+def _open_table(path: Path, tell: Tell, columns: Mapping[str, str]) -> Iterator[Event]:
+    source = open_table(path, tell)
+    return read_curve(source, tell, table_columns(source, columns, tell))

@@ -113,7 +113,7 @@ class Store:
         newest: Dict[str, RunRow] = {}
         for table in self._again(read):
             for batch in table.to_batches():
-                for values in arrow.decode_runs(batch):
+                for values in self._reader("runs").decoded(batch):
                     row = RunRow(*values)
                     known = newest.get(row.run_id)
                     if known is None or row.num_events > known.num_events:
@@ -201,7 +201,7 @@ class Store:
                 last[left[0]] = min(left[1], last.get(left[0], left[1]))
         found: Dict[str, Verdict] = {}
         for batch in self._finding_batches("verdicts", run_id):
-            for verdict in arrow.decode_verdicts(batch):
+            for verdict in self._reader("verdicts").decoded(batch):
                 if verdict.ordinal <= last.get(verdict.detector, verdict.ordinal):
                     found.setdefault(verdict.id, verdict)
         return sorted(found.values(), key=_finding_ordinal)
@@ -210,7 +210,7 @@ class Store:
         """The recorded actions, by ordinal."""
         found: Dict[str, Action] = {}
         for batch in self._finding_batches("actions", run_id):
-            for action in arrow.decode_actions(batch):
+            for action in self._reader("actions").decoded(batch):
                 found.setdefault(action.id, action)
         return sorted(found.values(), key=_finding_ordinal)
 
@@ -260,14 +260,12 @@ class Store:
 
     def _ordered(self, table: TableName, run_id: str) -> Iterator[Tuple[int, Event]]:
         """Ordinal and event, in order, each once; goes on where a compaction moves the rows."""
-        decode: Any = arrow.decode_steps if table == "steps" else arrow.decode_controls
         reader, done = self._reader(table), -1
         for _ in range(_TRIES):
             try:
                 for span in reader.spans(self.listed(table, run_id), run_id):
                     for batch in reader.batches(span.file, run_id):
-                        ordinals = arrow.extra_column(batch, "ordinal") or []
-                        for ordinal, event in zip(ordinals, decode(batch)):
+                        for ordinal, event in reader.placed(batch):
                             if ordinal > done:
                                 done = ordinal
                                 yield ordinal, event

@@ -91,6 +91,15 @@ class RowReader:
         except (require_pyarrow().ArrowException, OSError, ValueError) as error:
             self._failed(file, error)
 
+    def decoded(self, batch: RecordBatch) -> List[Any]:
+        """The rows as what they are; one whose values are none, as broken JSON, is left out."""
+        return [row for _, rows in self._decoded(batch) for row in rows]
+
+    def placed(self, batch: RecordBatch) -> Iterator[Tuple[int, Any]]:
+        """The same of events, each with its ordinal."""
+        for part, rows in self._decoded(batch):
+            yield from zip(arrow.extra_column(part, "ordinal") or (), rows)
+
     def spans(self, stored: Sequence[StoredFile], run_id: str) -> List[RunSpan]:
         """Which of the files hold events of the run, by the ordinal of the first. VanishedError."""
         compute = require_pyarrow("pyarrow.compute")
@@ -111,6 +120,18 @@ class RowReader:
         except (require_pyarrow().ArrowException, OSError, ValueError) as error:
             self._failed(file, error)
         return None
+
+    def _decoded(self, batch: RecordBatch) -> Iterator[Tuple[RecordBatch, List[Any]]]:
+        decode: Any = _DECODERS[self._table]
+        try:
+            yield batch, decode(batch)
+        except ValueError as error:
+            if batch.num_rows > 1:
+                parts: Any = batch
+                for number in range(batch.num_rows):
+                    yield from self._decoded(parts.slice(number, 1))
+            else:
+                self._tell_once(f"a row of {self._table} is left out: {first_line(error)}")
 
     def _table_of(
         self, file: StoredFile, run_id: Optional[str], columns: Optional[Sequence[str]]
@@ -171,9 +192,12 @@ class RowReader:
     def _failed(self, file: StoredFile, error: Exception) -> None:
         if isinstance(error, FileNotFoundError):
             raise VanishedError(file.path) from error
-        if file.path not in self._told:
-            self._told.add(file.path)
-            self._tell(f"{self._files.location}: {file.path}: left out: {first_line(error)}")
+        self._tell_once(f"{file.path}: left out: {first_line(error)}")
+
+    def _tell_once(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._tell(f"{self._files.location}: {what}")
 
 
 def _groups(parquet: Any, run_id: Optional[str]) -> List[int]:

@@ -42,7 +42,7 @@ def fingerprint(name: str, config: Any) -> str:
     'loss_spike-0ed237'
     """
     text = ",".join(
-        f"{field.name}={getattr(config, field.name)!r}"
+        f"{field.name}={_setting(field, config)!r}"
         for field in sorted(dataclasses.fields(config), key=lambda field: field.name)
     )
     return f"{name}-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
@@ -78,8 +78,14 @@ def verdict(
         state=state,
         onset_step=onset_step,
         score=score,
-        threshold=threshold,
+        threshold=float(threshold),
         evidence=evidence,
         message=message,
         version=detector.version,
     )
+
+
+def _setting(field: dataclasses.Field[Any], config: Any) -> Any:
+    """12 and 12.0 are one setting where it is a float, as they are in the compiled fold."""
+    value = getattr(config, field.name)
+    return float(value) if field.type in ("float", float) and isinstance(value, int) else value

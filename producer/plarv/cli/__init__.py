@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 failure, 2 a call or input that cannot work, 3 findings at
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import sys
@@ -16,11 +17,17 @@ from plarv.cli.complaint import Complaint, tell
 
 __all__ = ["build_parser", "main"]
 
+_COMMANDS = (  # each a module of this package, in the order in which they are listed
+    "demo", "replay", "runs", "report", "orders", "export", "sink", "compact", "imports", "worker",
+    "topics", "actions", "sync", "dead_letters", "keys",
+)  # fmt: skip
+
 _EXAMPLES = """examples:
   argus demo                            a run that goes wrong, alone and under Argus
   argus replay losses.csv               judge a curve that you have as a file
   argus replay .argus/runs/RUN --json   one JSON object a line, for other programs
   argus export .argus/runs/RUN          the journal as Parquet files
+  argus report RUN                      what happened, as one HTML file
   argus status                          where the newest run stands
   argus resume RUN                      lift a pause; also: argus pause RUN, argus stop RUN
   argus replay --from kafka://HOST:PORT --runs RUN --compare
@@ -58,22 +65,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command``, the function that runs it."""
-    from plarv.cli import (
-        actions,
-        compact,
-        dead_letters,
-        demo,
-        export,
-        keys,
-        orders,
-        replay,
-        runs,
-        sink,
-        sync,
-        topics,
-        worker,
-    )
-
     parser = argparse.ArgumentParser(
         prog="argus",
         description="Watches neural-network training: what was found, and what was done about it.",
@@ -82,22 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"argus {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (
-        demo,
-        replay,
-        export,
-        runs,
-        orders,
-        sync,
-        worker,
-        sink,
-        compact,
-        topics,
-        actions,
-        dead_letters,
-        keys,
-    ):
-        module.add_to(commands)
+    for name in _COMMANDS:
+        importlib.import_module(f"plarv.cli.{name}").add_to(commands)
     return parser
 
 

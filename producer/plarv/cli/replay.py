@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generator, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Generator, List, Tuple
 
 from plarv.cli.complaint import Complaint, tell
 from plarv.cli.replay_store import names_in, replay_store
@@ -16,7 +17,9 @@ from plarv_schemas.events import LEVELS
 if TYPE_CHECKING:
     from plarv_processors.engine import EngineConfig
 
-__all__ = ["add_to", "run"]
+__all__ = ["add_to", "columns_in", "run"]
+
+_ADDRESS = re.compile(r"^[^/]+:\d+$")  # of brokers, without the word that says so
 
 _EPILOG = """columns: step, rank, loss, grad_norm, current_lr (or lr, learning_rate), val_loss,
 step_time_ms (or step_ms), run_id, attempt, world_size and all others of Argus.step().
@@ -26,6 +29,8 @@ examples:
   argus replay losses.csv
   argus replay runs/*.csv --fail-on critical      exit code 3 where one went wrong
   argus replay .argus/runs/RUN --json | jq .message
+  argus replay output/trainer_state.json          also a folder: Hugging Face, TensorBoard, W&B,
+  argus replay runs/ --column loss=train/xent     MLflow, Lightning; see docs/importers.md
   argus replay losses.csv --detector my_package.my_detector:MyDetector
   argus replay --from kafka://broker:9092 --runs RUN --compare
   argus replay --from .argus/store --since 30d --detector my_package.my_detector:MyDetector
@@ -37,13 +42,14 @@ def add_to(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "replay",
-        help="judge recorded runs: CSV, JSON lines, Parquet, a journal, an export's folder",
+        help="judge recorded runs: tables, journals, exports, what other loggers wrote",
         description="Folds recorded runs and prints the verdicts and actions.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", metavar="FILE", type=Path)
     _add_log_options(parser)
+    _add_import_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--detector",
@@ -95,6 +101,29 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="huggingface, mlflow, wandb, lightning, tensorboard or plain (default: by content)",
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="the log's name of a column, such as loss=train/total_loss",
+    )
+    parser.add_argument(
+        "--run",
+        dest="names",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a file's or folder's several runs, this one",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Replays every file; a file that cannot be read does not keep the others from being."""
     _check(options)
@@ -119,9 +148,13 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Complains of options that would do nothing."""
     if bool(options.files) == bool(options.source):
-        raise Complaint("name files to replay, or --from kafka://HOST:PORT, or --from STORE")
+        raise Complaint("name files to replay, or a fleet's log or a store with --from")
     if not options.source and (options.runs is not None or options.compare):
         raise Complaint("--runs and --compare go with --from")
+    if options.source and (options.format or options.column or options.names):
+        raise Complaint("--format, --column and --run go with files, not with --from")
+    if options.source and _ADDRESS.match(options.source):
+        raise Complaint(f"--from is kafka://HOST:PORT or a store's path, not {options.source!r}")
     if options.source is None or options.source.startswith("kafka://"):
         for name in ("since", "jobs", "labels"):
             if getattr(options, name) is not None:
@@ -144,7 +177,7 @@ def _replay_files(options: argparse.Namespace, config: EngineConfig) -> Tuple[in
     """The worst level found, and whether a file could not be read."""
     worst, failed = 0, False
     for number, path in enumerate(options.files):
-        replayed, whole = _fold_file(path, config, as_json=options.json)
+        replayed, whole = _fold_file(path, config, options)
         if not options.json:
             title = str(path) if len(options.files) > 1 else ""
             replayed.print_tables(first=number == 0, title=title)
@@ -153,20 +186,34 @@ def _replay_files(options: argparse.Namespace, config: EngineConfig) -> Tuple[in
     return worst, failed
 
 
-def _fold_file(path: Path, config: EngineConfig, *, as_json: bool) -> Tuple[Replayed, bool]:
+def _fold_file(
+    path: Path, config: EngineConfig, options: argparse.Namespace
+) -> Tuple[Replayed, bool]:
     """One file's runs, each folded by an engine of its own, and whether all of it was read."""
     from plarv_sinks.replay import ReplayError, engine_for, read_events
 
     whole = True
-    replayed = Replayed(lambda _: engine_for(path, config, tell), as_json=as_json)
+    columns = columns_in(options.column)
+    replayed = Replayed(lambda _: engine_for(path, config, tell), as_json=options.json)
     try:
-        for event in read_events(path, tell):
+        for event in read_events(
+            path, tell, format=options.format, columns=columns, runs=options.names
+        ):
             replayed.take(event)
     except ReplayError as error:
         tell(str(error))
         whole = False
     replayed.tell_faults(str(path))
     return replayed, whole
+
+
+def columns_in(given: List[str]) -> Dict[str, str]:
+    """Our column -> the log's, of options OURS=THEIRS. Complaint: one is not."""
+    pairs = [text.partition("=") for text in given]
+    for (ours, equals, theirs), text in zip(pairs, given):
+        if not (ours and equals and theirs):
+            raise Complaint(f"--column {text}: write OURS=THEIRS, such as loss=train/total_loss")
+    return {ours.strip(): theirs for ours, _, theirs in pairs}
 
 
 def _engine_config(options: argparse.Namespace) -> EngineConfig:

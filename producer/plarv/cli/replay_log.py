@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Sequence, Tuple
 
 from plarv.cli.brokers import Fleet, fleet_of, told
 from plarv.cli.complaint import Complaint, tell
+from plarv.cli.replay_store import names_in
 from plarv.cli.replayed import Replayed
 from plarv_schemas.events import Verdict
 
@@ -29,8 +30,10 @@ def replay_log(options: argparse.Namespace, config: EngineConfig) -> Tuple[int, 
     """
     from plarv_sinks.kafka_source import open_log
 
-    fleet = fleet_of(argparse.Namespace(brokers=_address(options.source)))
-    runs = _runs(options.runs)
+    fleet = fleet_of(argparse.Namespace(brokers=options.source))
+    runs = None if options.runs is None else names_in(options.runs)
+    if runs == []:
+        raise Complaint("--runs names no run")
     worst, wrong, first = 0, False, True
     with told(), open_log(fleet.connection, fleet.topics, runs, tell) as log:
         for partition in log.partitions():
@@ -153,18 +156,3 @@ def _shown(lines: Sequence[str]) -> List[str]:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _runs(text: Optional[str]) -> Optional[List[str]]:
-    if text is None:
-        return None
-    runs = [run.strip() for run in text.split(",") if run.strip()]
-    if not runs:
-        raise Complaint("--runs names no run")
-    return list(dict.fromkeys(runs))
-
-
-def _address(source: str) -> str:
-    if not source.startswith("kafka://"):
-        raise Complaint(f"--from is kafka://HOST:PORT, not {source!r}")
-    return source

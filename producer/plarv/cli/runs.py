@@ -87,6 +87,8 @@ def _status(options: argparse.Namespace) -> int:
 def _facts(
     state: RunState, findings: Sequence[Union[Verdict, Action]]
 ) -> Iterator[Tuple[str, str]]:
+    from plarv_sinks.archive import read_quality
+
     yield "run", state.folder.name
     yield "folder", str(state.folder)
     yield "state", state.progress_text(time.time_ns())
@@ -101,6 +103,9 @@ def _facts(
         values = [("loss", last.loss), ("grad norm", last.grad_norm), ("lr", last.current_lr)]
         told = [f"{name} {value:.4g}" for name, value in values if value is not None]
         yield "step", ", ".join([f"{last.step:,}", *told])
+    quality = read_quality(state.folder)
+    if quality is not None and quality.total is not None:
+        yield "data", f"quality {quality.total:.2f} of 1 (ADQI): {quality.sentence}"
     for verdict in _open_verdicts(findings):
         since = f"{verdict.level} since step {verdict.onset_step:,}"
         yield "open", f"{verdict.detector}/{verdict.kind}, {since}: {verdict.message}"

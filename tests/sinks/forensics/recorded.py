@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from urllib.parse import quote
 
 from plarv_processors.engine import Engine
 from plarv_schemas import arrow
@@ -12,7 +13,7 @@ from plarv_sinks.forensics import Forensics, Run, open_store
 from plarv_sinks.store_files import StoreFiles, table_path, without_run_id
 from plarv_sinks.store_runs import RunProgress
 
-__all__ = ["DATE", "keep", "kept", "steps_of"]
+__all__ = ["DATE", "as_dict", "keep", "kept", "steps_of"]
 
 DATE = "2026-11-23"
 
@@ -70,6 +71,14 @@ def steps_of(
     return begun
 
 
+def as_dict(items: Any) -> Dict[str, float]:
+    """A map as the reader at hand gives it: a mapping, pairs, or records of key and value."""
+    if hasattr(items, "items"):
+        return dict(items.items())
+    pairs = [tuple(each.values()) if isinstance(each, dict) else tuple(each) for each in items]
+    return dict(pairs)
+
+
 def _write_events(files: StoreFiles, run_id: str, placed: Sequence[_Placed]) -> None:
     steps = [each for each in placed if isinstance(each[0], StepEvent)]
     controls = [each for each in placed if isinstance(each[0], ControlEvent)]
@@ -87,7 +96,7 @@ def _write_events(files: StoreFiles, run_id: str, placed: Sequence[_Placed]) -> 
         attempts=[attempt for _, _, attempt in controls],
         schema=arrow.file_schema("events"),
     )
-    path = f"{table_path('events', DATE)}/{run_id}.parquet"
+    path = f"{table_path('events', DATE)}/{quote(run_id, safe='')}.parquet"
     files.write(path, arrow.file_schema("events"), [batch])
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
-from plarv_schemas.journal import pack_full
+from plarv_schemas.journal import pack_control, pack_full
 from plarv_schemas.journal_writer import JournalWriter
 
 __all__ = ["Columns", "diverging", "healthy", "lost", "straggling", "write_run"]
@@ -24,10 +24,13 @@ def write_run(
     ranks: int = 1,
     first_step: int = 0,
     name: str = "a",
+    after_s: float = 0.0,
     status: str = "completed",
     started: Optional[Dict[str, Any]] = None,
 ) -> Path:
-    """A run's folder with a session of each rank; ``columns`` says what a step reports."""
+    """A run's folder with a session of each rank; ``columns`` says what a step
+    reports, ``after_s`` how much later than now its first one is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(name)
     writers = [
@@ -36,19 +39,24 @@ def write_run(
         )
         for rank in range(ranks)
     ]
-    for rank, writer in enumerate(writers):
+    clocks = [time.monotonic_ns() + int(after_s * 1e9)] * ranks
+
+    def control(rank: int, kind: str, data: Dict[str, Any]) -> None:
+        writer = writers[rank]
+        assert writer.append(pack_control(writer.record, clocks[rank], None, rank, kind, data))
+
+    for rank in range(ranks):
         data = {"mode": "MANUAL", "world_size": ranks, **(started or {})}
-        writer.control("session_started", step=None, rank=rank, data=data)
+        control(rank, "session_started", data)
     for step in range(first_step, first_step + steps):
         for rank, writer in enumerate(writers):
             writer.prepare()
             found = columns(step, rank, chance)
-            packed, _ = pack_full(writer.record, time.monotonic_ns(), step, found)
+            clocks[rank] += int(found.pop("step_time_ms", 10.0) * 1e6)
+            packed, _ = pack_full(writer.record, clocks[rank], step, found)
             assert writer.append(packed)
     for rank, writer in enumerate(writers):
-        writer.control(
-            "session_finished", step=None, rank=rank, data={"status": status, "exception": None}
-        )
+        control(rank, "session_finished", {"status": status, "exception": None})
         writer.close()
     return folder
 
@@ -78,12 +86,13 @@ def diverging(step: int, rank: int, chance: random.Random) -> Dict[str, Any]:
 
 
 def straggling(step: int, rank: int, chance: random.Random) -> Dict[str, Any]:
-    """Rank 2 takes 40% longer from step 300 on; all have one gradient norm."""
+    """Rank 2's forward pass takes 100 ms longer from step 300 on, and all wait for it."""
     found = healthy(step, rank, chance)
     found["grad_norm"] = healthy(step, 0, random.Random(step))["grad_norm"]
     found["loss"] += chance.gauss(0, 0.05)
-    if rank == 2 and step >= 300:
-        found["step_time_ms"] *= 1.4
+    found["step_time_ms"] = 350.0 if step >= 300 else 250.0
+    slow = 100.0 if rank == 2 and step >= 300 else 0.0
+    found["forward_ms"] = 80.0 * math.exp(chance.gauss(0, 0.02)) + slow
     return found
 
 

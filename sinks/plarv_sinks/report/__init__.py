@@ -1,0 +1,1 @@
+"""A run as one HTML file that stands by itself: what happened, when, where it began."""
