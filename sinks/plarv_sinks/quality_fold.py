@@ -33,7 +33,7 @@ class QualityConfig:
     repeat_life: float = 15.4  # repeats until one is worth 1/e of a fresh sample: Muennighoff 2023
     fast_rate: float = 1.0  # exponent of step in the loss; learning theory's fastest, 1/n
     slow_rate: float = 0.5  # learning theory's usual one, 1/sqrt(n); scaling laws show up to it
-    lag: float = 0.2  # missing surprise per exponent: 0.16-0.25 on the fresh runs of two tasks
+    lag: float = 0.2  # missing surprise per exponent: 0.1-0.3 on the fresh runs of two tasks
     drift: float = 1.1  # growth of the gradient norm that means nothing; 1.04 on fresh data
     learned_weight: float = 0.2  # of the total that the fall of the loss alone may decide
 
@@ -44,6 +44,10 @@ class QualityConfig:
             raise ValueError("surest must lie in (0, 1], learned_weight in [0, 1]")
         if not (self.repeat_life > 0.0 and self.fast_rate > 0.0):
             raise ValueError("repeat_life and fast_rate must be positive")
+        if not (0.0 <= self.lag <= 1.0 and 0.0 <= self.slow_rate <= self.fast_rate):
+            raise ValueError("lag must lie in [0, 1], slow_rate in [0, fast_rate]")
+        if not self.drift >= 1.0:
+            raise ValueError("drift must be at least 1")
 
 
 class QualityFold:

@@ -153,7 +153,7 @@ class Store:
         def read() -> List[Any]:
             return self._reader(table).tables(self.listed(table), columns=columns)
 
-        return _frame(self._again(read), table).select(columns)
+        return _frame(self._again(read), table, columns).select(columns)
 
     def scan(self, table: TableName) -> pl.LazyFrame:
         """All rows of a table, lazily and as they lie there; not to be kept over a compaction."""
@@ -163,7 +163,9 @@ class Store:
         if not listed:
             return _frame([], table).lazy()
         if not self.files.is_local:
-            return pl.scan_pyarrow_dataset(self.files.dataset([file.path for file in listed]))
+            scan: Any = cast(Any, pl).scan_pyarrow_dataset
+            found: pl.LazyFrame = scan(self.files.dataset([file.path for file in listed]))
+            return found
         # With and without the run in the folder's name: polars wants one kind of name in a scan.
         parts = [
             pl.scan_parquet(paths, hive_partitioning=True)
@@ -333,12 +335,16 @@ def _finding_ordinal(finding: Union[Verdict, Action]) -> int:
     return finding.ordinal
 
 
-def _frame(tables: Sequence[Any], table: TableName) -> pl.DataFrame:
+def _frame(
+    tables: Sequence[Any], table: TableName, only: Optional[Sequence[str]] = None
+) -> pl.DataFrame:
     """The tables' rows in one frame; columns that a table lacks are null."""
     import polars as pl
 
     pa, reader = require_pyarrow(), cast(Any, pl)
     columns: Any = arrow.file_schema(table)
+    if only is not None:
+        columns = pa.schema([columns.field(name) for name in only])
     plain: List[Any] = []
     for each in tables:  # other writers choose other widths
         kept = [field for field in columns if field.name in each.schema.names]

@@ -260,7 +260,7 @@ def test_the_tests_of_the_fold_pass_on_the_build_that_is_shipped(tmp_path: Path)
     assert done.returncode == 0, done.stdout[-10000:]
 
 
-def test_a_nested_class_and_slots_are_put_back() -> None:
+def test_a_nested_class_and_slots_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
         "from __future__ import annotations\nimport dataclasses\n"
         "class Outer:\n    '''Says.'''\n    @dataclasses.dataclass(frozen=True)\n"
@@ -271,8 +271,10 @@ def test_a_nested_class_and_slots_are_put_back() -> None:
     )
     native = compiler().native_source(source)
     assert "class OuterConfig:" in native
-    space: Dict[str, Any] = {"mypyc_attr": lambda **_: lambda cls: cls, "__name__": "native"}
-    exec(compile(native, "native", "exec"), space)
-    outer = space["Outer"]
+    module: Any = ModuleType("native")
+    monkeypatch.setitem(sys.modules, "native", module)
+    module.mypyc_attr = lambda **_: lambda cls: cls
+    exec(compile(native, "native", "exec"), vars(module))
+    outer = module.Outer
     assert (outer.__slots__, outer.__doc__) == (("config",), "Says.")
     assert repr(outer().config) == "Outer.Config(size=3)"

@@ -158,11 +158,13 @@ def losses(num_steps: int, spike_at: int) -> List[float]:
     ]
 
 
-def journal(folder: Path, session: str, values: List[float], first_step: int = 0) -> None:
+def journal(
+    folder: Path, session: str, values: List[float], first_step: int = 0, run_id: str = "run"
+) -> None:
     """One session's journal, in segments of 16 KiB."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = JournalWriter(
-        folder, run_id="run", session=session * 16, rank=0, world_size=1, segment_bytes=1 << 14
+        folder, run_id=run_id, session=session * 16, rank=0, world_size=1, segment_bytes=1 << 14
     )
     started = {"mode": "AUTO", "restart_count": 0}
     writer.control("session_started", step=None, rank=0, data=started)

@@ -169,3 +169,18 @@ def test_findings_that_were_recorded_late_are_added(run_dir: Path, tmp_path: Pat
         Verdict,
         Action,
     }
+
+
+def test_a_store_of_many_runs_is_tidied_as_they_come(tmp_path: Path) -> None:
+    from plarv.cli import main
+
+    folders = []
+    for number in range(52):
+        folder = tmp_path / "runs" / f"run-{number}"
+        journal(folder, "0", [1.0, 2.0, 3.0], run_id=f"run-{number}")
+        folders.append(str(folder))
+    assert main(["sink", *folders, "--store", str(tmp_path / "store")]) == 0
+    store = Store(tmp_path / "store")
+    assert len(store.files.listed("table=runs")) == 1
+    assert len(store.run_rows()) == 52
+    assert len(list(store.events("run-7"))) == 5

@@ -327,7 +327,15 @@ def test_it_never_raises_and_stays_between_0_and_1(events: List[StepEvent]) -> N
 
 @pytest.mark.parametrize(
     "given_config",
-    [{"min_samples": 1}, {"surest": 0.0}, {"learned_weight": 1.5}, {"repeat_life": 0.0}],
+    [
+        {"drift": 0.5},
+        {"lag": -1.0},
+        {"slow_rate": 2.0},
+        {"min_samples": 1},
+        {"surest": 0.0},
+        {"learned_weight": 1.5},
+        {"repeat_life": 0.0},
+    ],
 )
 def test_a_config_without_sense_is_refused(given_config: Dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(given_config))):

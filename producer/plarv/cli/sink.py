@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["add_store_option", "add_to", "store_of"]
 
 _STATUS_S = 60.0
+_MANY_FILES = 50  # of the list of runs
 _ENDING_S = 5.0  # a process that has just written its last event still holds the run
 
 _EPILOG = """examples:
@@ -98,7 +99,18 @@ def _archive(options: argparse.Namespace) -> int:
             continue
         rows = ", ".join(f"{number:,} {table}" for table, number in done.rows.items() if number)
         sys.stdout.write(f"{done.run_id}: {rows or 'nothing new'}\n")
+    _tidy(store_of(options))
     return 1 if failed else 0
+
+
+def _tidy(location: str) -> None:
+    """Puts a store's small files together once there are many: four come with every run."""
+    from plarv_sinks.compact import compact
+    from plarv_sinks.store import Store, StoreError
+
+    with contextlib.suppress(StoreError):  # there is none, or somebody else is at it
+        if len(Store(location, tell).listed("runs")) > _MANY_FILES:
+            compact(location, tell=tell)
 
 
 def _serve(options: argparse.Namespace) -> int:

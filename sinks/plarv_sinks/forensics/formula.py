@@ -20,10 +20,8 @@ def formula_of(detector: Type[Detector]) -> str:
     """What it fires on and how: its docstring up to its cost. Empty: it has none.
 
     >>> from plarv_processors.detectors.loss_spike import LossSpike
-    >>> print(formula_of(LossSpike)[:82])
+    >>> print(formula_of(LossSpike).splitlines()[0])
     Fires when the loss jumps far above its own recent past.
-    <BLANKLINE>
-    ``z = (x - median) / max(
     """
     text = inspect.cleandoc(detector.__doc__ or "")
     kept: List[str] = []

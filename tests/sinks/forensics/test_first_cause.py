@@ -241,6 +241,7 @@ def test_it_shows_itself_as_html_and_as_json_with_all_text_escaped() -> None:
     assert told["ranking"][0]["reasons"]
 
 
+@pytest.mark.slow
 def test_most_faults_put_into_small_trainings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="trains small networks")
     from pathlib import Path
