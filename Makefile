@@ -33,10 +33,10 @@ broker:
 	@found=$$(PYTHON="$(PYTHON)" sh deploy/find-python.sh) && exec "$$found" deploy/local-broker/local_broker.py
 
 test: $(for_dev)
-	$(python) -m pytest -m "not slow" --durations=15
+	$(python) -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
 
 test-all: $(for_dev)
-	$(python) -m pytest --durations=15
+	$(python) -m pytest -n 2 --dist loadfile --durations=15
 
 check: $(for_dev)
 	$(python) -m ruff format --check

@@ -23,8 +23,9 @@ def adqi(steps: pl.DataFrame) -> ADQI:
 
     ``steps`` has the columns of :class:`~plarv_schemas.events.StepEvent` by name, any of them, in
     any order of rows; others are passed over, and so is a column that holds no numbers. Without
-    ``step`` the rows count as steps; rows whose step is null are left out. How it is judged, and
-    what the components mean: :class:`~plarv_sinks.quality_fold.QualityFold`.
+    ``step`` the rows count as steps; rows whose step is null are left out. With a column
+    ``attempt`` the newest one alone is judged. How it is judged, and what the components mean:
+    :class:`~plarv_sinks.quality_fold.QualityFold`.
 
     It cannot know:
 
@@ -63,6 +64,8 @@ def adqi(steps: pl.DataFrame) -> ADQI:
     """
     if "run_id" in steps.columns and steps["run_id"].n_unique() > 1:
         raise ValueError(f"adqi judges one run, these steps are of {steps['run_id'].n_unique()}")
+    if "attempt" in steps.columns:
+        steps = steps.filter(steps["attempt"] == steps["attempt"].max())
     fold = QualityFold()
     for event in _events(steps):
         fold.add(event)

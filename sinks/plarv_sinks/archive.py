@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Union
 
+from plarv_processors.attempts import Attempts
 from plarv_processors.engine import Engine
 from plarv_processors.stored_fold import base_of, fold_rest
 from plarv_schemas.events import Event, StepEvent
@@ -17,7 +18,8 @@ from plarv_schemas.pyarrow_types import require_pyarrow
 from plarv_schemas.records import FOLD_LOCK, read_findings
 from plarv_schemas.run_log import RunLog, is_run_dir
 from plarv_sinks.curve import ReplayError, Tell
-from plarv_sinks.quality_fold import ADQI, QualityFold
+from plarv_sinks.quality_fold import ADQI
+from plarv_sinks.run_quality import RunQuality
 from plarv_sinks.run_writer import WrittenRun, write_run
 from plarv_sinks.store import Store
 from plarv_sinks.store_runs import RunProgress
@@ -75,7 +77,7 @@ def read_quality(run_dir: Path) -> Optional[ADQI]:
 
 
 def _write(run_dir: Path, log: RunLog, store: Store, tell: Tell) -> WrittenRun:
-    quality = QualityFold()
+    quality = RunQuality()
     events = _events(log, quality)
     first = next(events, None)
     if first is None:
@@ -88,15 +90,17 @@ def _write(run_dir: Path, log: RunLog, store: Store, tell: Tell) -> WrittenRun:
     return written
 
 
-def _events(log: RunLog, quality: QualityFold) -> Iterator[Event]:
+def _events(log: RunLog, quality: RunQuality) -> Iterator[Event]:
     """The journal's events, on their way through the fold that judges the data."""
+    attempts = Attempts()
     while True:
         batch = log.poll(_POLL_EVENTS)
         if not batch:
             return
         for event in batch:
-            if isinstance(event, StepEvent):
-                quality.add(event)
+            attempt = attempts.place(event)
+            if isinstance(event, StepEvent) and attempt is not None:
+                quality.add(event, attempt)
             yield event
 
 

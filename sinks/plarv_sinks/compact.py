@@ -72,9 +72,11 @@ def _compact(
     store: Store, tell: Callable[[str], None], progress: Optional[Callable[[float], None]]
 ) -> Compacted:
     jobs: List[Tuple[TableName, List[StoredFile]]] = []
-    jobs += [("steps", group) for group in _step_groups(store)]
+    for group in _step_groups(store):
+        jobs.append(("steps", group))
     for table in _SMALL_TABLES:
-        jobs += [(table, group) for group in _days(store, table)]
+        for group in _days(store, table):
+            jobs.append((table, group))
     total = sum(file.size for _, group in jobs for file in group)
     done, result = 0, Compacted()
     for table, group in jobs:

@@ -51,7 +51,9 @@ def summarise(
     rows: List[DetectorRow] = []
     for detector, changes in by_detector.items():
         of_runs = set(alarmed.get(detector, ()))
-        counts = {kind: sum(change.kind == kind for change in changes) for kind in _KINDS}
+        counts: Dict[ChangeKind, int] = dict.fromkeys(_KINDS, 0)
+        for change in changes:
+            counts[change.kind] += 1
         agrees = None if labels is None else agreement(detector, labels, of_runs, runs)
         earlier = _median(-change.steps for change in changes if change.kind == "earlier")
         later = _median(change.steps for change in changes if change.kind == "later")

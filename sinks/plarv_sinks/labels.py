@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, cast
 
 from plarv_sinks.curve import ReplayError, first_line
 
@@ -131,4 +131,5 @@ def _step(row: Mapping[str, Any]) -> Optional[int]:
 def _names(value: Any) -> frozenset[str]:
     if isinstance(value, str):
         return frozenset(value.replace(",", " ").split())
-    return frozenset(str(name) for name in value) if isinstance(value, list) else frozenset()
+    names = cast(List[object], value) if isinstance(value, list) else []
+    return frozenset(str(name) for name in names)

@@ -45,12 +45,12 @@ def _compact(options: argparse.Namespace) -> int:
 
 
 def _once(store: str, *, as_json: bool) -> None:
+    from plarv_sinks.compact import compact
+    from plarv_sinks.store import StoreError
+
     bar = ProgressBar("compact", sys.stderr)
     try:
         with told():
-            from plarv_sinks.compact import compact
-            from plarv_sinks.store import StoreError
-
             done = compact(store, tell=tell, progress=bar.show)
     except StoreError as error:
         raise Complaint(str(error), 1) from error

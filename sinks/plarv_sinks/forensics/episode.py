@@ -13,7 +13,7 @@ __all__ = ["Episode", "can_cause", "episodes_of"]
 _STRICT = 3.0  # points that a verdict must lie ahead to cause what usually causes it
 _LINGERS = 48.0  # points after it was resolved that a verdict may still explain another
 _BLOCKS_POINTS = 48.0  # by which loss_oscillation, which judges blocks, is late
-_MAX_EPISODES = 512
+_MAX_EPISODES = 512  # looked at: half of them grave, half warnings
 
 _DEPTH = {
     "fleet_skew/hardware": 0,
@@ -124,7 +124,11 @@ def episodes_of(verdicts: Sequence[Verdict]) -> List[Episode]:
             found.append(episode)
         else:
             episode.grow(verdict)
-    return found[:_MAX_EPISODES]
+    if len(found) <= _MAX_EPISODES:
+        return found
+    grave = [episode for episode in found if episode.harm >= 1.0][: _MAX_EPISODES // 2]
+    others = [episode for episode in found if episode.harm < 1.0][: _MAX_EPISODES // 2]
+    return sorted(grave + others, key=lambda episode: episode.first.ordinal)
 
 
 def can_cause(cause: Episode, effect: Episode, stride: float) -> bool:

@@ -10,9 +10,9 @@ from plarv_processors.responses import harm_of
 from plarv_schemas.events import Event, Level, StepEvent, Verdict, to_json_value
 from plarv_sinks.findings_table import duration_text
 from plarv_sinks.forensics.first_cause import FirstCause, first_cause
-from plarv_sinks.quality_fold import QualityFold
 from plarv_sinks.report.run_facts import RunFacts
 from plarv_sinks.report.source import Recorded
+from plarv_sinks.run_quality import RunQuality
 
 __all__ = ["Quality", "Story", "open_verdicts", "read_story", "when_text"]
 
@@ -85,7 +85,7 @@ def read_story(recorded: Recorded) -> Story:
     wanted = {found.ordinal for found in recorded.verdicts}
     wanted.update(found.ordinal for found in recorded.actions)
     facts = RunFacts(recorded.first_ordinal, frozenset(wanted))
-    judge = _Judge()
+    judge = RunQuality()
     cause = first_cause(
         _watched(recorded.events, facts, judge), recorded.verdicts, recorded.actions
     )
@@ -95,7 +95,7 @@ def read_story(recorded: Recorded) -> Story:
         recorded=recorded,
         facts=facts,
         cause=cause,
-        quality=judge.score(),
+        quality=_quality(judge),
         level=level,
         headline=_headline(level, facts, standing),
         sentences=(
@@ -118,33 +118,20 @@ def open_verdicts(recorded: Recorded, facts: RunFacts) -> List[Verdict]:
     return sorted(standing.values(), key=lambda found: -harm_of(found))
 
 
-class _Judge:
-    """The quality of the data as the newest attempt shows it; a failed one before says nothing."""
-
-    def __init__(self) -> None:
-        self._fold = QualityFold()
-        self._attempt = 0
-
-    def add(self, event: Event, attempt: int) -> None:
-        """Takes one event of the newest attempt."""
-        if attempt != self._attempt:
-            self._fold, self._attempt = QualityFold(), attempt
-        if isinstance(event, StepEvent):
-            self._fold.add(event)
-
-    def score(self) -> Optional[Quality]:
-        """None: it could not be judged."""
-        found = self._fold.score()
-        if found.total is None or not math.isfinite(found.total):
-            return None
-        return Quality(found.total, dict(found.components), found.sentence)
+def _quality(judge: RunQuality) -> Optional[Quality]:
+    """None: it could not be judged."""
+    found = judge.score()
+    if found.total is None or not math.isfinite(found.total):
+        return None
+    return Quality(found.total, dict(found.components), found.sentence)
 
 
-def _watched(events: Iterable[Event], facts: RunFacts, judge: _Judge) -> Iterator[Event]:
+def _watched(events: Iterable[Event], facts: RunFacts, judge: RunQuality) -> Iterator[Event]:
     """The events, each shown to all who want to see it."""
     for event in events:
         facts.add(event)
-        judge.add(event, facts.ranks_of)
+        if isinstance(event, StepEvent):
+            judge.add(event, facts.ranks_of)
         yield event
 
 

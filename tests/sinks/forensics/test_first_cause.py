@@ -178,6 +178,19 @@ def test_a_warning_that_passed_is_told_as_one() -> None:
     assert found.sentence.startswith("Nothing wrong lasted; the first warning is of step 150, ")
 
 
+def test_thousands_of_warnings_hide_no_grave_verdict() -> None:
+    def found_at(n: int, level: Any, detector: str, kind: str) -> Verdict:
+        return Verdict(
+            "run", 1, None, n, n, detector, kind, level, "opened", n, 9.0, 8.0, {}, "m", "v"
+        )
+
+    verdicts = [found_at(n, "warn", "loss_spike", "transient") for n in range(3000)]
+    verdicts.append(found_at(3000, "critical", "non_finite", "dead"))
+    told = first_cause(steps(3010), verdicts, [])
+    assert any(suspect.verdict.detector == "non_finite" for suspect in told.ranking)
+    assert told.verdict is not None
+
+
 def test_a_restart_right_before_the_onset_is_among_the_reasons() -> None:
     def death(step: int, columns: Dict[str, Any]) -> None:
         if step >= 210:
