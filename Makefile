@@ -20,7 +20,7 @@ help:
 	@echo "make check     format, lint, types, import contracts, then make test: what CI runs"
 	@echo "make format    let ruff format, sort imports and fix what it can"
 	@echo "make compile   the fold in machine code, four times as fast, in build/compiled (a minute)"
-	@echo "make bench     overhead, throughput, a fleet: tables here, JSON beside them (30 minutes)"
+	@echo "make bench     every figure of the README: tables here, JSON beside them (an hour)"
 	@echo "make clean     remove .venv, caches and builds"
 
 demo: $(for_demo)
@@ -59,6 +59,10 @@ bench: $(for_dev)
 	$(python) benchmarks/replay_speed.py
 	$(python) benchmarks/throughput.py --kafka
 	$(python) benchmarks/latency.py
+	$(python) benchmarks/store.py
+	$(python) benchmarks/forensics.py
+	$(python) benchmarks/adqi.py
+	$(python) benchmarks/first_cause.py --seeds 8
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -155,12 +155,7 @@ def decode_runs(batch: RecordBatch) -> List[Tuple[Any, ...]]:
 
 
 def to_file_columns(table: TableName, batch: RecordBatch) -> List[Array]:
-    """The table's columns in the types of its files, those of the fold left out; nulls where none
-    was sent.
-
-    ValueError: as the decoders.
-    """
-    pa = require_pyarrow()
+    """The table's columns in its files' types, without those of the fold. ValueError, as above."""
     if table_of(batch.schema) not in (None, table):
         raise ValueError(f"this batch holds {table_of(batch.schema)}, not {table}")
     names = batch.schema.names
@@ -169,7 +164,7 @@ def to_file_columns(table: TableName, batch: RecordBatch) -> List[Array]:
         kind = _type_of(column.kind)
         found = _found(column, batch, names)
         if found is None:
-            found = cast(Array, pa.nulls(batch.num_rows, kind))
+            found = _nulls(column.kind, batch.num_rows)
         columns.append(found if found.type == kind else found.cast(kind))
     return columns
 
@@ -286,6 +281,11 @@ def _narrowed(kind: ValueKind, array: Array) -> Array:
     if compute.all(same).as_py() is False:
         return array
     return array.cast(narrow if wide is array else pa.list_(narrow), safe=False)
+
+
+@lru_cache(maxsize=256)  # half of a batch's columns are not sent, and batches are alike
+def _nulls(kind: ValueKind, number: int) -> Array:
+    return cast(Array, require_pyarrow().nulls(number, _type_of(kind)))
 
 
 @lru_cache(maxsize=None)

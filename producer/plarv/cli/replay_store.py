@@ -59,6 +59,7 @@ def _show(
     labels: Optional[Mapping[str, Label]],
     seconds: float,
 ) -> Tuple[int, bool]:
+    from plarv_processors.engine import is_compiled
     from plarv_sinks.history_table import summarise
 
     replayed.sort(key=lambda run: run.run_id)
@@ -72,6 +73,7 @@ def _show(
         for run in replayed:
             sys.stdout.write(json.dumps(_run_object(run), allow_nan=False) + "\n")
         summary = {"type": "summary", **_totals(replayed), "seconds": round(seconds, 3)}
+        summary["compiled"] = is_compiled()
         summary["detectors"] = [row.to_dict() for row in rows]
         sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     else:

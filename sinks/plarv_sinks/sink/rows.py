@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, List, Sequence
 
 from plarv_schemas import arrow
@@ -20,27 +21,27 @@ class Rows:
     Cost: some 100 microseconds a message; memory as in Arrow, about 330 bytes a step.
     """
 
-    __slots__ = ("num_rows", "size_bytes", "_table", "_schema", "_large", "_small")
+    __slots__ = ("num_rows", "size_bytes", "_schema", "_large", "_small")
 
     def __init__(self, table: TableName) -> None:
         self.num_rows = 0
         self.size_bytes = 0
-        self._table: TableName = table
         self._schema = arrow.file_schema(table)
         self._large: List[RecordBatch] = []
         self._small: List[RecordBatch] = []
 
-    def add(self, batch: RecordBatch, ordinals: Sequence[int], attempts: Sequence[int]) -> None:
-        """Takes a batch as it travels. ValueError: a column is not what it must be."""
-        columns = arrow.to_file_columns(self._table, batch)
-        self.add_columns(columns, ordinals, attempts)
-
     def add_columns(
-        self, columns: Sequence[Array], ordinals: Sequence[int], attempts: Sequence[int]
+        self, columns: Sequence[Array], ordinals: array[int], attempts: array[int]
     ) -> None:
-        """Takes columns that :func:`plarv_schemas.arrow.to_file_columns` has checked."""
+        """Takes columns that :func:`plarv_schemas.arrow.to_file_columns` has checked; ordinals and
+        attempts as signed 64 bit.
+        """
         pa = require_pyarrow()
-        places = [pa.array(ordinals, pa.int64()), pa.array(attempts, pa.int64())]
+        # Not through pa.array(), which for a list of Python's numbers imports pandas first.
+        places = [
+            pa.Array.from_buffers(pa.int64(), len(each), [None, pa.py_buffer(each)])
+            for each in (ordinals, attempts)
+        ]
         rows: Any = pa.RecordBatch.from_arrays([*columns, *places], schema=self._schema)
         self.num_rows += rows.num_rows
         self.size_bytes += rows.nbytes
@@ -57,7 +58,7 @@ class Rows:
         pa = require_pyarrow()
         whole = _whole([*self._large, *self._small])
         runs = whole.column("run_id").dictionary_encode()
-        order = pa.table({"run": _ranks(runs), "ordinal": whole.column("ordinal")})
+        order = pa.Table.from_arrays([_ranks(runs), whole.column("ordinal")], ["run", "ordinal"])
         indices = require_pyarrow("pyarrow.compute").sort_indices(
             order, sort_keys=[("run", "ascending"), ("ordinal", "ascending")]
         )
@@ -72,9 +73,6 @@ def _whole(batches: Sequence[RecordBatch]) -> Any:
 
 def _ranks(runs: Any) -> Any:
     """The place of each row's run among the runs, in the order of their ids."""
-    compute, pa = require_pyarrow("pyarrow.compute"), require_pyarrow()
+    compute = require_pyarrow("pyarrow.compute")
     by_id = compute.sort_indices(runs.dictionary)
-    ranks: List[int] = [0] * len(by_id)
-    for rank, index in enumerate(by_id.to_pylist()):
-        ranks[index] = rank
-    return compute.take(pa.array(ranks, pa.int32()), runs.indices)
+    return compute.take(compute.sort_indices(by_id), runs.indices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from array import array
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
@@ -115,15 +116,15 @@ class StepsPartition:
         progress.stepped(number, _last_step(run_id, columns), last)
         self._touched[run_id] = progress
         ordinals = range(first, first + number)
-        self._steps.add_columns(list(columns.values()), ordinals, [attempt] * number)
+        attempts = array("q", [attempt]) * number
+        self._steps.add_columns(list(columns.values()), array("q", ordinals), attempts)
 
     def _place_each(
         self, progress: RunProgress, batch: RecordBatch, columns: Sequence[Array]
     ) -> None:
         pa = require_pyarrow()
         mask: List[bool] = []
-        ordinals: List[int] = []
-        attempts: List[int] = []
+        ordinals, attempts = array("q"), array("q")
         for event in arrow.decode_steps(batch):
             ordinal = progress.place(event)
             mask.append(ordinal is not None)
@@ -172,13 +173,9 @@ def _one_run(runs: Any, key: Optional[bytes]) -> str:
     return str(run_id)
 
 
-def _distinct(column: Any) -> Any:
+def _distinct(column: Any) -> Set[str]:
     """The values of a column of text; mostly there is one."""
-    first = column[0].as_py()
-    compute = require_pyarrow("pyarrow.compute")
-    if len(column) == 1 or compute.all(compute.equal(column, first)).as_py():
-        return {first}
-    return set(column.to_pylist())
+    return set(column.unique().to_pylist())
 
 
 def _span(column: Any, *, strictly: bool = False) -> Optional[Tuple[int, int]]:
