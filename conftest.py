@@ -24,6 +24,10 @@ MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) 
 
 BROKERS = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose their ARGUS_*
 
+# Fixtures of a whole module run before those of a test: no run of theirs is kept as Parquet, by a
+# process that would fold beside them.
+os.environ["ARGUS_STORE"] = "none"
+
 _WORKER = ("plarv_processors.app.", "plarv_processors.worker.")
 _left_out: Dict[str, List[str]] = {}
 

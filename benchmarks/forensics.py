@@ -25,7 +25,7 @@ from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
 from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
-from plarv_sinks.store_files import Place, StoreFiles, fresh_path, table_path, without_run_id
+from plarv_sinks.store_files import Place, StoreFiles, fresh_path, steps_place, table_path
 from plarv_sinks.store_runs import RunProgress
 
 _RUNS = 1_000
@@ -164,10 +164,9 @@ def _make(folder: Path, num_runs: int, layout: str) -> None:
     progress = Progress(f"making the store, {layout}", num_runs)
     if layout == "compacted":
         for number, name in enumerate(names):
-            schema = without_run_id(arrow.file_schema("steps"), name)
-            path = f"{table_path('steps', _DATE, name)}/0.parquet"
+            of_run, schema = steps_place(_DATE, name)
             rows = _of_run(pattern.batch, name, number)
-            files.write(path, schema, rows.to_batches())
+            files.write(f"{of_run}/0.parquet", schema, rows.to_batches())
             progress.add()
         _write_small(files, pattern, names, "")
     else:

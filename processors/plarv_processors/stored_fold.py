@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from plarv_processors.engine import Engine, EngineConfig
 from plarv_processors.snapshot import pack, unpack
@@ -21,7 +21,7 @@ from plarv_schemas.locks import FileLock
 from plarv_schemas.records import ACTIONS_FILE, FOLD_LOCK, VERDICTS_FILE, read_lines
 from plarv_schemas.run_log import RunLog
 
-__all__ = ["FOLD_LOCK", "Record", "StoredFold", "base_of", "fold_rest"]
+__all__ = ["FOLD_LOCK", "HeldFold", "Record", "StoredFold", "base_of", "fold_held", "fold_rest"]
 
 Record = Union[Verdict, Action]
 
@@ -51,14 +51,16 @@ class StoredFold:
         self._begun: Set[str] = set()  # files that this fold has appended to
         self._known: Set[str] = set()
         self._saved_at = -1
+        self.is_other = False  # whether the states there are of another configuration
         self.running: Set[str] = set()  # sessions of training processes that have not finished
         if writing:
             self._resume()
 
-    def advance(self, limit: int = 256) -> Tuple[int, List[Record]]:
+    def advance(self, limit: int = 256, *, keep: bool = True) -> Tuple[int, List[Record]]:
         """Folds about ``limit`` events that are there by now: how many there were, and the records.
 
-        No events: the fold has come to the end of what is there.
+        No events: the fold has come to the end of what is there. ``keep=False``: the records are
+        not written down.
         """
         events = self._log.poll(limit)
         found: List[Record] = []
@@ -69,9 +71,13 @@ class StoredFold:
             records = fold(event)
             if records:
                 found.extend(records)
-        if self._writing and (found or self._unwritten):
+        if self._writing and keep and (found or self._unwritten):
             found = self._write(found)
         return len(events), found
+
+    def records(self) -> Dict[str, int]:
+        """Each session's first record that has not been read."""
+        return {session: place[3] for session, place in self._log.positions().items()}
 
     def discover(self) -> None:
         """Looks for sessions that have begun since, at once; ``advance`` does so now and then."""
@@ -138,7 +144,9 @@ class StoredFold:
                 self.engine.restore(engine)
             except ValueError:
                 self.engine = Engine(self.engine.config)
+                self.is_other = True
                 continue
+            self.is_other = False
             self._log.seek(positions)
             break
         for name in (VERDICTS_FILE, ACTIONS_FILE):
@@ -234,6 +242,30 @@ def _ends_torn(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+class HeldFold(NamedTuple):
+    """What :func:`fold_held` came to."""
+
+    records: Mapping[str, int]  # session -> its first record that was not there yet
+    judged_anew: bool  # by others than those that judged the run: no finding was written down
+
+
+def fold_held(folder: Path) -> HeldFold:
+    """Folds all that a run's folder still holds; the caller holds its fold lock.
+
+    Where the run was judged by other detectors than those of today, only the order of its log is
+    written down: what these would find was not found then.
+    """
+    fold = StoredFold(folder)
+    try:
+        while fold.advance(4096, keep=not fold.is_other)[0]:
+            pass
+        if not fold.is_other:
+            fold.save()
+        return HeldFold(fold.records(), fold.is_other)
+    finally:
+        fold.close()
 
 
 def fold_rest(folder: Path, config: Optional[EngineConfig] = None) -> bool:

@@ -39,10 +39,11 @@ def start_archive(folder: Path) -> bool:
         return False
     with open(folder / LOG_FILE, "ab") as log:
         process = start_apart(
-            ["plarv", "sink", str(folder.absolute()), "--store", location],
+            ["plarv", "sink", str(folder.absolute())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            ARGUS_STORE=location,  # it may hold a key
         )
     leave_alone(process)
     return True

@@ -14,12 +14,13 @@ from plarv_schemas.locks import FileLock
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
 from plarv_sinks.curve import first_line
 from plarv_sinks.store import COMPACTIONS, COVERS_KEY, Store, StoreError
-from plarv_sinks.store_files import Prepared, StoredFile, table_path, without_run_id
+from plarv_sinks.store_files import Prepared, StoredFile, steps_place, table_path
 from plarv_sinks.store_rows import VanishedError
 
 __all__ = ["Compacted", "compact"]
 
-_FILES = 64  # of steps that are merged at once: so much is open, and some MiB of each in memory
+_FILES = 64  # open at once
+_PORTION_BYTES = 128 * 1024 * 1024  # of files merged at once: about ten times that in memory
 _BATCH_ROWS = 4096
 _SMALL_BYTES = 64 * 1024 * 1024  # a file of findings or runs that is larger stays as it is
 _SMALL_TABLES: Tuple[TableName, ...] = ("events", "verdicts", "actions", "runs")
@@ -47,7 +48,7 @@ def compact(
     A row that is there twice is kept once. Killed at any point, it leaves the store as it was or
     finishes when it is called again; a reader finds every row once at any time.
 
-    Memory is bounded by 64 row groups, whatever the store's size. One compaction of a store at a
+    Memory is bounded by some GiB, whatever the store's size. One compaction of a store at a
     time: on a local path others are refused; on an object store that is the caller's to see to.
 
     Raises:
@@ -107,9 +108,7 @@ def _step_groups(store: Store) -> Iterator[List[StoredFile]]:
         if store.can_read(file):
             by_place.setdefault((file.date, place.source), []).append(file)
     for key in sorted(by_place):
-        files = sorted(by_place[key], key=_first_offset)
-        for begin in range(0, len(files), _FILES):
-            yield files[begin : begin + _FILES]
+        yield from _portions(sorted(by_place[key], key=_first_offset))
 
 
 def _days(store: Store, table: TableName) -> Iterator[List[StoredFile]]:
@@ -123,9 +122,23 @@ def _days(store: Store, table: TableName) -> Iterator[List[StoredFile]]:
         if file.size <= _SMALL_BYTES and store.can_read(file):
             by_date.setdefault(file.date, []).append(file)
     for date in sorted(by_date):
-        files = by_date[date]
-        if len(files) > 1 or files[0].place is not None:
-            yield files
+        for files in _portions(by_date[date]):
+            if len(files) > 1 or files[0].place is not None:
+                yield files
+
+
+def _portions(files: Sequence[StoredFile]) -> Iterator[List[StoredFile]]:
+    """The files in groups that fit into memory, also where all rows are of one run."""
+    portion: List[StoredFile] = []
+    size = 0
+    for file in files:
+        if portion and (len(portion) >= _FILES or size + file.size > _PORTION_BYTES):
+            yield portion
+            portion, size = [], 0
+        portion.append(file)
+        size += file.size
+    if portion:
+        yield portion
 
 
 def _merge_steps(store: Store, group: Sequence[StoredFile]) -> _Merged:
@@ -143,8 +156,7 @@ def _merge_steps(store: Store, group: Sequence[StoredFile]) -> _Merged:
             whole = _each_once(require_pyarrow().Table.from_batches(parts), ("ordinal",))
             first = whole.column("ordinal")[0].as_py()
             last = whole.column("ordinal")[-1].as_py()
-            folder = table_path("steps", group[0].date, run_id)
-            schema = without_run_id(arrow.file_schema("steps"), run_id)
+            folder, schema = steps_place(group[0].date, run_id)
             path = f"{folder}/{first:012d}-{last:012d}.parquet"
             made.append(store.files.prepare(path, schema, _batches(whole), sync=False))
             rows += whole.num_rows
@@ -204,10 +216,19 @@ def _finish_all(store: Store) -> None:
 
 def _finish(store: Store, path: str) -> None:
     """Gives the new files their places, removes the old ones, and says that this is done."""
-    manifest = json.loads(store.files.read(path))
+    try:
+        manifest = json.loads(store.files.read(path))
+    except ValueError:  # cut by a power failure: nothing was decided
+        store.files.remove(path)
+        return
     for aside, target in manifest["adds"].items():
         if store.files.exists(aside):
             store.files.move(aside, target)
+        elif not store.files.exists(target):
+            raise StoreError(
+                f"{store.location}: {aside} is gone, which a compaction had made; what it was made "
+                f"of is still there: remove {path}"
+            )
     _sync_all(store)
     for old in manifest["removes"]:
         store.files.remove(old)

@@ -22,7 +22,7 @@ from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
 from plarv_schemas.pyarrow_types import RecordBatch
 from plarv_sinks.export import num_values
 from plarv_sinks.store import Store
-from plarv_sinks.store_files import table_path, without_run_id
+from plarv_sinks.store_files import steps_place, table_path
 from plarv_sinks.store_runs import RunProgress
 
 __all__ = ["WrittenRun", "write_run"]
@@ -58,8 +58,9 @@ def write_run(
     date = _date(first[0].time_ns if first is not None else progress.last_time_ns)
     rows: Dict[TableName, int] = {}
     if first is not None:
-        path = f"{table_path('steps', date, progress.run_id)}/from-{done:012d}.parquet"
-        schema = without_run_id(arrow.file_schema("steps"), progress.run_id)
+        folder, schema = steps_place(date, progress.run_id)
+        # The session too: on an object store nothing keeps two nodes from writing at once.
+        path = f"{folder}/from-{done:012d}-{digest(first[0].session)}.parquet"
         store.files.write(path, schema, _step_batches(first, placed))
         rows["steps"] = progress.num_steps - before
     for table, name, number, batch in _small_tables(store, progress.run_id, controls, findings()):

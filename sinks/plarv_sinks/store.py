@@ -30,8 +30,9 @@ from plarv_schemas import arrow
 from plarv_schemas.arrow_columns import TableName
 from plarv_schemas.events import Action, ControlEvent, Event, Verdict
 from plarv_schemas.pyarrow_types import RecordBatch, require_pyarrow
-from plarv_sinks.store_files import FRESH, StoredFile, StoreFiles, table_path
-from plarv_sinks.store_rows import RowReader, VanishedError
+from plarv_sinks.store_files import FRESH, StoredFile, StoreFiles, shown, table_path
+from plarv_sinks.store_layout import filled
+from plarv_sinks.store_rows import RowReader, RunSpan, VanishedError
 from plarv_sinks.store_runs import RunRow
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ class Store:
         try:
             self.files = StoreFiles(location)
         except (OSError, ValueError) as error:
-            raise StoreError(f"{location}: {error}") from error
+            raise StoreError(f"{shown(location)}: {error}") from error
         self.location = self.files.location
         if create and self.files.is_local:
             self.files.local("").mkdir(parents=True, exist_ok=True)
         if self.files.is_local and not self.files.local("").is_dir():
-            raise StoreError(f"{location}: no such folder; `argus sink` and runs write stores")
+            raise StoreError(f"{self.location}: no such folder; `argus sink` and runs write stores")
         self._readers: Dict[str, RowReader] = {}
 
     def listed(
@@ -241,6 +242,11 @@ class Store:
         found: Dict[str, int] = json.loads(self._reader(table).metadata(file, COVERS_KEY) or b"{}")
         return found
 
+    def sweep(self) -> None:
+        """Removes what writers that were killed left; not what a compaction is still to move."""
+        _, moved = self._compacted(self.files.names(COMPACTIONS))
+        self.files.sweep(moved)
+
     def can_read(self, file: StoredFile) -> bool:
         """Whether it is a file of its table, in a version that we read; else ``tell`` hears it."""
         return self._reader(_name(file.table)).metadata(file, b"argus.table") is not None
@@ -249,9 +255,8 @@ class Store:
         """All of one file, as a ``pyarrow.Table`` of the table's columns. OSError, ArrowException:
         it cannot be read.
         """
-        schema: Any = arrow.file_schema(table)
         with self.files.open(file.path) as parquet:
-            return parquet.read().select(schema.names).cast(schema)
+            return filled(parquet.read(), arrow.file_schema(table))
 
     def _covered(self, table: TableName) -> Dict[str, int]:
         upto: Dict[str, int] = {}
@@ -265,12 +270,12 @@ class Store:
         reader, done = self._reader(table), -1
         for _ in range(_TRIES):
             try:
-                for span in reader.spans(self.listed(table, run_id), run_id):
-                    for batch in reader.batches(span.file, run_id):
-                        for ordinal, event in reader.placed(batch):
-                            if ordinal > done:
-                                done = ordinal
-                                yield ordinal, event
+                for together in _overlapping(reader.spans(self.listed(table, run_id), run_id)):
+                    parts = [_placed(reader, span.file, run_id) for span in together]
+                    for ordinal, event in heapq.merge(*parts, key=_ordinal):
+                        if ordinal > done:
+                            done = ordinal
+                            yield ordinal, event
                 return
             except VanishedError:
                 continue
@@ -298,7 +303,7 @@ class Store:
         moved: Dict[str, str] = {}
         for path in manifests:
             if path.endswith(".json"):
-                with suppress(FileNotFoundError):  # it has just been finished
+                with suppress(FileNotFoundError, ValueError):  # it is finished; or it was cut
                     manifest = json.loads(self.files.read(path))
                     done.update(manifest["removes"])
                     moved.update(manifest["adds"])
@@ -325,6 +330,27 @@ class Store:
 def _name(table: str) -> TableName:
     """The table of this name. StopIteration: there is none, which no listed file can have."""
     return next(name for name in arrow.TABLES if name == table)
+
+
+def _overlapping(spans: Sequence[RunSpan]) -> Iterator[List[RunSpan]]:
+    """The files in the order of their events, those together whose ranges overlap: clocks of two
+    hosts that disagree about the day leave such.
+    """
+    together: List[RunSpan] = []
+    last = -1
+    for span in sorted(spans):
+        if together and span.first > last:
+            yield together
+            together = []
+        together.append(span)
+        last = max(last, span.last)
+    if together:
+        yield together
+
+
+def _placed(reader: RowReader, file: StoredFile, run_id: str) -> Iterator[Tuple[int, Event]]:
+    for batch in reader.batches(file, run_id):
+        yield from reader.placed(batch)
 
 
 def _ordinal(row: Tuple[int, Event]) -> int:

@@ -6,26 +6,29 @@ import os
 import posixpath
 import re
 import time
+import uuid
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import (
     Any,
+    Container,
     Dict,
     Iterable,
     Iterator,
     List,
-    Mapping,
     NamedTuple,
     Optional,
     Sequence,
+    Tuple,
     Union,
-    cast,
 )
 from urllib.parse import quote, unquote
 
-from plarv_schemas.arrow_columns import EXTRA_COLUMNS, TABLE_COLUMNS, TableName
+from plarv_schemas import arrow
+from plarv_schemas.arrow_columns import TableName
+from plarv_schemas.events import digest
 from plarv_schemas.pyarrow_types import RecordBatch, Schema, require_pyarrow
+from plarv_sinks.store_layout import filled, group_rows, options
 
 __all__ = [
     "FRESH",
@@ -35,20 +38,20 @@ __all__ = [
     "StoreFiles",
     "StoredFile",
     "fresh_path",
+    "shown",
+    "steps_place",
     "table_path",
-    "without_run_id",
 ]
 
 RUN_KEY = b"argus.run_id"  # in a file's metadata, where all its rows are of one run
 FRESH = "fresh"
 _ASIDE = "_aside"  # readers of the tables never look into a folder of this name
 _STALE_S = 86_400.0
-_GROUP_ROWS = 32_768
-_GROUP_BYTES = 32 * 1024 * 1024
-_numbers = count()
+_MAX_NAME = 180  # of a folder, in characters; file systems take 255
+_LONG = "="  # which is quoted in a run's id
 
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-_SECRET = re.compile(r"//[^@/]*@")
+_SECRET = re.compile(r"//.*@")
 _PART = re.compile(r"^([a-z_]+)=(.*)$")
 _FRESH_NAME = re.compile(r"^p(\d+)-([0-9a-z]+)-(\d+)-(\d+)\.parquet$")
 
@@ -93,7 +96,7 @@ class StoredFile(NamedTuple):
         keys: Dict[str, str] = {}
         for folder in folders:
             part = _PART.match(folder)
-            if part is not None:
+            if part is not None and _LONG not in part.group(2):
                 keys[part.group(1)] = unquote(part.group(2))
         if "table" not in keys or "date" not in keys:
             return None
@@ -107,6 +110,15 @@ class StoredFile(NamedTuple):
         return cls(path, keys["table"], keys["date"], keys.get("run_id"), place, size)
 
 
+def shown(location: Union[str, Path]) -> str:
+    """A path or URI as it is told: without a key in it.
+
+    >>> shown("s3://name:sec/ret@bucket/argus?region=eu")
+    's3://***@bucket/argus?region=eu'
+    """
+    return _SECRET.sub("//***@", str(location))
+
+
 def table_path(table: TableName, date: str, run_id: Optional[str] = None) -> str:
     """The folder of a table's day, or of one run's in it.
 
@@ -114,7 +126,27 @@ def table_path(table: TableName, date: str, run_id: Optional[str] = None) -> str
     'table=steps/date=2026-11-23/run_id=a%2Fb'
     """
     path = f"table={table}/date={date}"
-    return path if run_id is None else f"{path}/run_id={quote(run_id, safe='')}"
+    return path if run_id is None else f"{path}/run_id={_run_folder(run_id)}"
+
+
+def steps_place(date: str, run_id: str) -> Tuple[str, Schema]:
+    """The folder of a run's steps of a day, and the schema of the files in it.
+
+    They have no column ``run_id`` where the folder's name says it.
+    """
+    folder, schema = table_path("steps", date, run_id), arrow.file_schema("steps")
+    if _LONG in _run_folder(run_id):
+        return folder, schema
+    fields = [field for field in schema if field.name != "run_id"]
+    metadata = {**(schema.metadata or {}), RUN_KEY: run_id.encode("utf-8")}
+    made: Schema = require_pyarrow().schema(fields, metadata)
+    return folder, made
+
+
+def _run_folder(run_id: str) -> str:
+    """A run's id as a folder's name; of a very long one its beginning, and what tells it apart."""
+    name = quote(run_id, safe="")
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}{_LONG}{digest(run_id)}"
 
 
 def fresh_path(table: TableName, date: str, place: Place) -> str:
@@ -127,14 +159,6 @@ def fresh_path(table: TableName, date: str, place: Place) -> str:
     return f"{FRESH}/{table_path(table, date)}/{name}.parquet"
 
 
-def without_run_id(schema: Schema, run_id: str) -> Schema:
-    """A file's schema where its folder's name says which run it holds; kept in its metadata too."""
-    pa = require_pyarrow()
-    fields = [field for field in schema if field.name != "run_id"]
-    made: Schema = pa.schema(fields, {**(schema.metadata or {}), RUN_KEY: run_id.encode("utf-8")})
-    return made
-
-
 class StoreFiles:
     """The files below a local path or a URI that ``pyarrow.fs`` knows (``s3://``, ``gs://``).
 
@@ -144,13 +168,14 @@ class StoreFiles:
     def __init__(self, location: Union[str, Path]) -> None:
         self._fs: Any = require_pyarrow("pyarrow.fs")
         text = str(location)
-        self.location = _SECRET.sub("//***@", text)  # as it is told: without a key in it
+        self.given = text
+        self.location = shown(text)
         self._given, _, self._options = text.partition("?")
         if _URI.match(text):
             try:
                 self._files, self._root = self._fs.FileSystem.from_uri(text)
             except require_pyarrow().ArrowException as error:
-                raise ValueError(f"{self.location}: {error}") from error
+                raise ValueError(str(error).replace(text, self.location)) from error
         else:
             self._files, self._root = self._fs.LocalFileSystem(), os.path.abspath(text)
         self.is_local = isinstance(self._files, self._fs.LocalFileSystem)
@@ -220,6 +245,8 @@ class StoreFiles:
         aside = self._aside(path)
         with self._files.open_output_stream(self._full(aside)) as stream:
             stream.write(data)
+        if self.is_local:
+            _sync(self._full(aside))
         self.publish([Prepared(aside, path)])
 
     def prepare(
@@ -236,10 +263,10 @@ class StoreFiles:
         parquet = require_pyarrow("pyarrow.parquet")
         try:
             with self._files.open_output_stream(self._full(aside)) as stream, parquet.ParquetWriter(
-                stream, schema, **_options(schema)
+                stream, schema, **options(schema)
             ) as writer:
                 for batch in batches:
-                    writer.write_batch(_as(schema, batch), row_group_size=_group_rows(batch))
+                    writer.write_batch(filled(batch, schema), row_group_size=group_rows(batch))
             if self.is_local and sync:
                 _sync(self._full(aside))
         except BaseException:
@@ -284,13 +311,14 @@ class StoreFiles:
         with suppress(FileNotFoundError):
             self._files.delete_file(self._full(path))
 
-    def sweep(self) -> None:
-        """Removes what writers that were killed left aside a day ago or longer."""
+    def sweep(self, kept: Container[str]) -> None:
+        """Removes what writers that were killed left aside a day ago or longer, but ``kept``."""
         if not self.is_local or not self.local(_ASIDE).is_dir():
             return
         for path in self.local(_ASIDE).iterdir():
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
+                old = time.time() - path.stat().st_mtime > _STALE_S
+                if old and f"{_ASIDE}/{path.name}" not in kept:
                     path.unlink()
 
     def _below(self, folder: str) -> Iterator[Any]:
@@ -301,7 +329,7 @@ class StoreFiles:
 
     def _aside(self, path: str) -> str:
         """A path of its own, of no table."""
-        aside = f"{_ASIDE}/{os.getpid()}-{next(_numbers)}-{posixpath.basename(path)}"
+        aside = f"{_ASIDE}/{uuid.uuid4().hex}-{posixpath.basename(path)}"
         self._make_folder(aside)
         return aside
 
@@ -316,53 +344,9 @@ class StoreFiles:
         return posixpath.relpath(path, self._root)
 
 
-def _as(schema: Schema, batch: Any) -> RecordBatch:
-    if batch.schema is schema:
-        return cast(RecordBatch, batch)
-    columns = [batch.column(name) for name in schema.names]
-    return cast(RecordBatch, require_pyarrow().RecordBatch.from_arrays(columns, schema=schema))
-
-
 def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _group_rows(batch: RecordBatch) -> int:
-    """Rows of a group: many, so that they compress, and few where samples make them long."""
-    size: int = getattr(batch, "nbytes")  # noqa: B009 - no part of the protocol
-    per_row = max(1, size // max(1, batch.num_rows))
-    return max(256, min(_GROUP_ROWS, _GROUP_BYTES // per_row))
-
-
-def _options(schema: Schema) -> Mapping[str, Any]:
-    """How each column is laid out: floats byte by byte, integers as differences, text by number."""
-    names = set(schema.names)
-    encodings: Dict[str, str] = {}
-    texts: List[str] = []
-    for column in {column for table in TABLE_COLUMNS for column in _columns(table)}:
-        if column.name not in names:
-            continue
-        if column.kind in ("text", "json"):
-            texts.append(column.name)
-        elif column.kind in ("float", "timing"):
-            encodings[column.name] = "BYTE_STREAM_SPLIT"
-        elif column.kind == "int":
-            encodings[column.name] = "DELTA_BINARY_PACKED"
-        elif column.kind == "floats":
-            encodings[f"{column.name}.list.element"] = "BYTE_STREAM_SPLIT"
-        elif column.kind == "ints":
-            encodings[f"{column.name}.list.element"] = "DELTA_BINARY_PACKED"
-    return {
-        "compression": "zstd",
-        "use_dictionary": texts,
-        "column_encoding": encodings,
-        "version": "2.6",
-    }
-
-
-def _columns(table: TableName) -> Iterable[Any]:
-    return TABLE_COLUMNS[table] + EXTRA_COLUMNS[table]

@@ -41,9 +41,10 @@ class VanishedError(Exception):
 
 
 class RunSpan(NamedTuple):
-    """A file that holds events of a run, and the ordinal of the first."""
+    """A file that holds events of a run, and the first and last of their ordinals."""
 
     first: int
+    last: int
     file: StoredFile
 
 
@@ -107,8 +108,9 @@ class RowReader:
         for file in stored:
             table = self._table_of(file, run_id, ("run_id", "ordinal"))
             if table is not None and table.num_rows and "ordinal" in table.schema.names:
-                first = compute.min(table.column("ordinal")).as_py()
-                spans.append(RunSpan(-1 if first is None else first, file))
+                found = compute.min_max(table.column("ordinal")).as_py()
+                if found["min"] is not None:
+                    spans.append(RunSpan(found["min"], found["max"], file))
         return sorted(spans)
 
     def metadata(self, file: StoredFile, key: bytes) -> Optional[bytes]:
@@ -190,8 +192,11 @@ class RowReader:
                 self._ranges[file] = (min(low for low, _ in known), max(high for _, high in known))
 
     def _failed(self, file: StoredFile, error: Exception) -> None:
+        """Tells of damage. Whatever else the file system says is no reason to go on without it."""
         if isinstance(error, FileNotFoundError):
             raise VanishedError(file.path) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise error
         self._tell_once(f"{file.path}: left out: {first_line(error)}")
 
     def _tell_once(self, what: str) -> None:

@@ -139,7 +139,8 @@ class RunProgress:
             if self.started is None:
                 self.started = json.dumps(dict(data), separators=(",", ":"))
             world_size = data.get("world_size")
-            self.world_size = world_size if isinstance(world_size, int) else self.world_size
+            if type(world_size) is int and 0 < world_size < 1 << 31:
+                self.world_size = world_size
         elif event.kind == "session_finished" and self.attempts.ended:
             self.status = _text(data.get("status")) or "finished"
         elif event.kind == "rank_silent" and self.attempts.ended:

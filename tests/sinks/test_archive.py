@@ -29,6 +29,10 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("polars")
 
 
+def at(location: Path) -> Store:
+    return Store(location, print, create=True)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "run"
@@ -41,7 +45,7 @@ def test_the_store_holds_the_run_as_its_journal_and_its_replay_have_it(
 ) -> None:
     journal(run_dir, "1", losses(400, spike_at=100), first_step=200)
     told: List[str] = []
-    done = archive(run_dir, tmp_path / "store", tell=told.append)
+    done = archive(run_dir, at(tmp_path / "store"), tell=told.append)
     assert done.rows["steps"] == 800
     assert told == []
     store, events = Store(tmp_path / "store"), list(read_run(run_dir))
@@ -59,20 +63,20 @@ def test_the_store_holds_the_run_as_its_journal_and_its_replay_have_it(
 def test_a_second_time_there_is_nothing_new_and_what_comes_later_is_added(
     run_dir: Path, tmp_path: Path
 ) -> None:
-    archive(run_dir, tmp_path / "store", tell=print)
+    archive(run_dir, at(tmp_path / "store"), tell=print)
     before = contents(Store(tmp_path / "store"))
-    assert not any(archive(run_dir, tmp_path / "store", tell=print).rows.values())
+    assert not any(archive(run_dir, at(tmp_path / "store"), tell=print).rows.values())
     assert contents(Store(tmp_path / "store")) == before
     journal(run_dir, "1", losses(400, spike_at=100), first_step=200)
-    assert archive(run_dir, tmp_path / "store", tell=print).rows["steps"] == 400
-    archive(run_dir, tmp_path / "whole", tell=print)
+    assert archive(run_dir, at(tmp_path / "store"), tell=print).rows["steps"] == 400
+    archive(run_dir, at(tmp_path / "whole"), tell=print)
     assert contents(Store(tmp_path / "store")) == contents(Store(tmp_path / "whole"))
 
 
 def test_what_was_removed_from_the_journal_stays_in_the_store(
     run_dir: Path, tmp_path: Path
 ) -> None:
-    archive(run_dir, tmp_path / "store", tell=print)
+    archive(run_dir, at(tmp_path / "store"), tell=print)
     before = contents(Store(tmp_path / "store"))
     lock = FileLock(run_dir / FOLD_LOCK)
     assert lock.acquire()
@@ -83,15 +87,15 @@ def test_what_was_removed_from_the_journal_stays_in_the_store(
     fold.close()
     lock.release()
     told: List[str] = []
-    archive(run_dir, tmp_path / "store", tell=told.append)
+    archive(run_dir, at(tmp_path / "store"), tell=told.append)
     assert contents(Store(tmp_path / "store")) == before
     journal(run_dir, "1", losses(400, spike_at=100), first_step=200)
-    assert archive(run_dir, tmp_path / "store", tell=told.append).rows["steps"] == 400
+    assert archive(run_dir, at(tmp_path / "store"), tell=told.append).rows["steps"] == 400
     assert told == []
     whole = Store(tmp_path / "store")
     assert whole.frame("steps", "run").height == 800
-    archive(run_dir, tmp_path / "late", tell=told.append)
-    assert told == [f"{run_dir}: older events were removed before a store had them"]
+    archive(run_dir, at(tmp_path / "late"), tell=told.append)
+    assert told == [f"{run_dir}: 402 events were removed before the store had them"]
     late = Store(tmp_path / "late")
     assert late.verdicts("run") == whole.verdicts("run")
     kept = late.frame("steps", "run").rows()
@@ -104,7 +108,7 @@ def test_a_run_that_another_process_folds_is_refused(run_dir: Path, tmp_path: Pa
     assert lock.acquire()
     try:
         with pytest.raises(ReplayError, match="it is running"):
-            archive(run_dir, tmp_path / "store", tell=print)
+            archive(run_dir, at(tmp_path / "store"), tell=print)
     finally:
         lock.release()
 
@@ -112,18 +116,18 @@ def test_a_run_that_another_process_folds_is_refused(run_dir: Path, tmp_path: Pa
 def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(ReplayError, match="no journal"):
-        archive(tmp_path / "run", tmp_path / "store", tell=print)
+        archive(tmp_path / "run", at(tmp_path / "store"), tell=print)
 
 
 def test_killed_anywhere_and_called_again_it_leaves_every_row_once(
     run_dir: Path, tmp_path: Path
 ) -> None:
-    archive(run_dir, tmp_path / "whole", tell=print)
+    archive(run_dir, at(tmp_path / "whole"), tell=print)
     wanted, rng, kills = contents(Store(tmp_path / "whole")), random.Random(7), 0
     for number in range(6):
         location = tmp_path / f"store-{number}"
         kills += killed_while_archiving(run_dir, location, rng.uniform(0.0, 0.06))
-        archive(run_dir, location, tell=print)
+        archive(run_dir, at(location), tell=print)
         store = Store(location)
         assert contents(store) == wanted
         assert sum(file.table == "steps" for file in store.files.listed("")) == 1
@@ -134,9 +138,10 @@ _CHILD = """
 import sys
 from pathlib import Path
 from plarv_sinks.archive import archive
+from plarv_sinks.store import Store
 import pyarrow.fs, pyarrow.parquet, plarv_sinks.store
 print("ready", flush=True)
-archive(Path(sys.argv[1]), sys.argv[2], tell=print)
+archive(Path(sys.argv[1]), Store(sys.argv[2], create=True), tell=print)
 """
 
 
@@ -156,13 +161,13 @@ def killed_while_archiving(run_dir: Path, location: Path, after_s: float) -> boo
 
 
 def test_findings_that_were_recorded_late_are_added(run_dir: Path, tmp_path: Path) -> None:
-    archive(run_dir, tmp_path / "whole", tell=print)
+    archive(run_dir, at(tmp_path / "whole"), tell=print)
     verdicts = (run_dir / "verdicts.jsonl").read_bytes()
     (run_dir / "verdicts.jsonl").write_bytes(verdicts.splitlines(keepends=True)[0])
-    archive(run_dir, tmp_path / "store", tell=print)
+    archive(run_dir, at(tmp_path / "store"), tell=print)
     assert len(Store(tmp_path / "store").verdicts("run")) == 1
     (run_dir / "verdicts.jsonl").write_bytes(verdicts)
-    archive(run_dir, tmp_path / "store", tell=print)
+    archive(run_dir, at(tmp_path / "store"), tell=print)
     assert contents(Store(tmp_path / "store")) == contents(Store(tmp_path / "whole"))
     found = Store(tmp_path / "store")
     assert {type(each) for each in (*found.verdicts("run"), *found.actions("run"))} == {

@@ -51,10 +51,12 @@ def fleet_of(options: argparse.Namespace) -> Fleet:
 
 @contextmanager
 def told() -> Generator[None, None, None]:
-    """What can be wrong with brokers, settings and what is installed, as Complaints."""
+    """What can be wrong with brokers, stores, settings and what is installed, as Complaints."""
+    from plarv_sinks.store import StoreError
+
     try:
         yield
-    except BrokerError as error:
+    except (BrokerError, StoreError) as error:
         raise Complaint(str(error), 1) from error
     except ImportError as error:
         raise Complaint(str(error), 1) from error

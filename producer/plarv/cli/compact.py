@@ -38,7 +38,12 @@ def _compact(options: argparse.Namespace) -> int:
     if options.every is not None and not options.every > 0:
         raise Complaint("--every is a number of seconds above 0")
     while True:
-        _once(store_of(options), as_json=options.json)
+        try:
+            _once(store_of(options), as_json=options.json)
+        except (Complaint, OSError) as error:
+            if options.every is None:
+                raise
+            tell(f"{error}; again in {options.every:g} s")
         if options.every is None:
             return 0
         time.sleep(options.every)
@@ -46,21 +51,19 @@ def _compact(options: argparse.Namespace) -> int:
 
 def _once(store: str, *, as_json: bool) -> None:
     from plarv_sinks.compact import compact
-    from plarv_sinks.store import StoreError
+    from plarv_sinks.store_files import shown
 
     bar = ProgressBar("compact", sys.stderr)
     try:
         with told():
             done = compact(store, tell=tell, progress=bar.show)
-    except StoreError as error:
-        raise Complaint(str(error), 1) from error
     finally:
         bar.close()
     if as_json:
         sys.stdout.write(json.dumps(done._asdict()) + "\n")
     elif done.taken:
         text = f"{done.taken:,} files put together into {done.made:,}, of {done.rows:,} rows"
-        sys.stdout.write(f"{store}: {text}\n")
+        sys.stdout.write(f"{shown(store)}: {text}\n")
     else:
-        sys.stdout.write(f"{store}: nothing to put together\n")
+        sys.stdout.write(f"{shown(store)}: nothing to put together\n")
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from plarv.cli.brokers import told
 from plarv.cli.complaint import Complaint, tell
 from plarv.cli.replay import columns_in
-from plarv.cli.sink import store_of
+from plarv.cli.sink import store_of, tidy
 
 if TYPE_CHECKING:
     from plarv_sinks.run_writer import WrittenRun
@@ -52,15 +52,12 @@ def _import(options: argparse.Namespace) -> int:
         from plarv_sinks.importers import FORMATS, open_source
         from plarv_sinks.importing import import_run
         from plarv_sinks.replay import ReplayError
-        from plarv_sinks.store import Store, StoreError
+        from plarv_sinks.store import Store
 
         if options.format is not None and options.format not in FORMATS:
             raise Complaint(f"--format is one of {', '.join(FORMATS)}; not {options.format!r}")
         columns = columns_in(options.column)
-        try:
-            store = Store(store_of(options), tell, create=True)
-        except StoreError as error:
-            raise Complaint(str(error), 1) from error
+        store = Store(store_of(options), tell, create=True)
         failed = False
         for source in options.sources:
             try:
@@ -70,6 +67,7 @@ def _import(options: argparse.Namespace) -> int:
             except ReplayError as error:
                 tell(str(error))
                 failed = True
+            tidy(store)
     return 2 if failed else 0
 
 

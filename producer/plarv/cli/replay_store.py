@@ -151,7 +151,8 @@ def _runs(options: argparse.Namespace) -> List[str]:
     from plarv_sinks.store import Store, StoreError
 
     try:
-        rows = Store(options.source, tell).run_rows()
+        store = Store(options.source, tell)
+        rows = store.run_rows()
     except StoreError as error:
         raise Complaint(str(error)) from error
     if options.runs is not None:
@@ -159,14 +160,14 @@ def _runs(options: argparse.Namespace) -> List[str]:
         missing = [run for run in wanted if run not in rows]
         if missing or not wanted:
             named = ", ".join(missing) or repr(options.runs)
-            raise Complaint(f"{options.source}: no run {named}; it has {len(rows):,} runs")
+            raise Complaint(f"{store.location}: no run {named}; it has {len(rows):,} runs")
         rows = {run: rows[run] for run in wanted}
     if options.since is not None:
         since_ns = _since(options.since)
         rows = {run: row for run, row in rows.items() if (row.last_time_ns or 0) >= since_ns}
     if not rows:
         since = f" since {options.since}" if options.since else ""
-        raise Complaint(f"{options.source}: no run{since}")
+        raise Complaint(f"{store.location}: no run{since}")
     return list(rows)
 
 

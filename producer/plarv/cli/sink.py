@@ -17,8 +17,9 @@ from plarv.cli.run_folders import find_run, run_folders, runs_root
 
 if TYPE_CHECKING:
     from plarv_sinks.sink.service import Sink
+    from plarv_sinks.store import Store
 
-__all__ = ["add_store_option", "add_to", "store_of"]
+__all__ = ["add_store_option", "add_to", "store_of", "tidy"]
 
 _STATUS_S = 60.0
 _MANY_FILES = 50  # of the list of runs
@@ -81,6 +82,7 @@ def _sink(options: argparse.Namespace) -> int:
 def _archive(options: argparse.Namespace) -> int:
     from plarv_sinks.archive import archive
     from plarv_sinks.replay import ReplayError
+    from plarv_sinks.store import Store
 
     if options.all:
         folders = run_folders()
@@ -88,43 +90,43 @@ def _archive(options: argparse.Namespace) -> int:
             raise Complaint(f"no runs in {runs_root()}")
     else:
         folders = [find_run(run) for run in options.runs]
+    store = Store(store_of(options), tell, create=True)
     failed = False
     wait_s = 0.0 if options.all else _ENDING_S
-    for folder in folders:
+    for number, folder in enumerate(folders, 1):
         try:
-            done = archive(folder, store_of(options), tell=tell, wait_s=wait_s)
+            done = archive(folder, store, tell=tell, wait_s=wait_s)
         except ReplayError as error:
             tell(str(error))
             failed = failed or not options.all  # of all runs, one may still be running
             continue
         rows = ", ".join(f"{number:,} {table}" for table, number in done.rows.items() if number)
         sys.stdout.write(f"{done.run_id}: {rows or 'nothing new'}\n")
-    _tidy(store_of(options))
+        if number % _MANY_FILES == 0:
+            tidy(store)
+    tidy(store)
     return 1 if failed else 0
 
 
-def _tidy(location: str) -> None:
-    """Puts a store's small files together once there are many: four come with every run."""
+def tidy(store: Store) -> None:
+    """Puts a local store's small files together once there are many: four come with every run."""
     from plarv_sinks.compact import compact
-    from plarv_sinks.store import Store, StoreError
+    from plarv_sinks.store import StoreError
 
-    with contextlib.suppress(StoreError):  # there is none, or somebody else is at it
-        if len(Store(location, tell).listed("runs")) > _MANY_FILES:
-            compact(location, tell=tell)
+    files = store.listed("runs") if store.files.is_local else []
+    if len(files) - len({file.date for file in files}) > _MANY_FILES:
+        with contextlib.suppress(StoreError):  # somebody else is at it
+            compact(store.files.given, tell=tell)
 
 
 def _serve(options: argparse.Namespace) -> int:
     from plarv_sinks.sink.service import Sink, SinkConfig
-    from plarv_sinks.store import Store, StoreError
+    from plarv_sinks.store import Store
 
     fleet = fleet_of(options)
     if not options.flush_every > 0:
         raise Complaint("--flush-every is a number of seconds above 0")
-    where = store_of(options)
-    try:
-        store = Store(where, tell, create=True)
-    except StoreError as error:
-        raise Complaint(str(error), 1) from error
+    store = Store(store_of(options), tell, create=True)
     config = SinkConfig(
         fleet.connection,
         fleet.topics,
@@ -132,7 +134,7 @@ def _serve(options: argparse.Namespace) -> int:
         flush_s=options.flush_every,
     )
     sink = Sink(config, store, tell)
-    tell(f"sink: {fleet.topics.steps} at {fleet.where} into {where}")
+    tell(f"sink: {fleet.topics.steps} at {fleet.where} into {store.location}")
     with _stopping() as stop:
         reporter = threading.Thread(target=_report, args=(sink, stop), daemon=True)
         reporter.start()

@@ -17,11 +17,11 @@ _CHUNK = 65_536
 
 
 def start_apart(
-    arguments: Sequence[str], *, stdin: Any, stdout: Any, stderr: Any
+    arguments: Sequence[str], *, stdin: Any, stdout: Any, stderr: Any, **settings: str
 ) -> subprocess.Popen[bytes]:
     """``python -m ARGUMENTS`` in a session of its own, with the modules of this process: a Ctrl-C
-    at the terminal does not reach it, and it may outlive this process. OSError: it cannot be
-    started.
+    at the terminal does not reach it, and it may outlive this process. ``settings`` are variables
+    of its environment, where a list of processes does not show them. OSError: it cannot be started.
     """
     if not sys.executable:
         raise OSError("nobody can say which interpreter this is")
@@ -32,7 +32,7 @@ def start_apart(
         stderr=stderr,
         bufsize=0,
         cwd="/",  # where no file of the user's is taken for a module
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths())},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), **settings},
         start_new_session=True,
     )
 

@@ -97,7 +97,9 @@ class EmbeddedTransport:
             self._finish()
         else:
             self._thread.join(timeout_s)
-        if self.folded_step is not None and self.folded_step >= 0:
+        # A rank that ends after the one that leads has more to keep; the run's lock orders them.
+        folded = self.folded_step
+        if folded >= 0 if folded is not None else self._writer.record > 1:
             try:
                 start_archive(self._folder)
             except OSError as error:

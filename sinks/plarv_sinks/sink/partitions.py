@@ -12,8 +12,8 @@ from plarv_schemas.kafka_clients import partition_of
 from plarv_schemas.topic_reader import Record
 from plarv_sinks.sink.findings_partition import FindingsPartition
 from plarv_sinks.sink.steps_partition import StepsPartition, Written
-from plarv_sinks.store import COVERS_KEY, Store
-from plarv_sinks.store_files import FRESH, Place, Prepared, fresh_path
+from plarv_sinks.store import COVERS_KEY, Store, StoreError
+from plarv_sinks.store_files import FRESH, Place, Prepared, StoredFile, fresh_path
 from plarv_sinks.store_runs import RunRow
 
 __all__ = ["Committed", "Partition", "SourceTopic", "load_partitions"]
@@ -137,21 +137,24 @@ def load_partitions(
 ) -> List[Partition]:
     """The assigned partitions (topic name -> numbers), each where the store's files of it end.
 
-    What a sink that was killed left without its mark is removed first.
+    What a sink that was killed left without its mark is removed first. StoreError: a file cannot be
+    read of those that say what the store has; without it, all would be written once more.
     """
-    store.files.sweep()
+    store.sweep()
+    strict = Store(store.files.given, _refuse)
+    fresh = store.files.listed(f"{FRESH}/table=steps") + store.files.listed(f"{FRESH}/table=events")
     partitions: List[Partition] = []
     for topic in topics:
         numbers = assigned.get(topic.name, set())
         if not numbers:
             continue
-        covered = store.covered(topic.marks)
-        known = _known(store, topic, numbers)
+        covered = strict.covered(topic.marks)
+        known = _known(strict, topic, numbers)
         for number in sorted(numbers):
             last = covered.get(Place(topic.topic_id, number, 0, 0).source, -1)
             partition = Partition(topic, number, last, known(number))
             if topic.table == "steps":
-                _remove_unmarked(store, partition)
+                _remove_unmarked(store, partition, fresh)
             partitions.append(partition)
     return partitions
 
@@ -170,12 +173,14 @@ def _known(store: Store, topic: SourceTopic, numbers: Set[int]) -> Callable[[int
     return lambda _: FindingsPartition(table, ids)
 
 
-def _remove_unmarked(store: Store, partition: Partition) -> None:
+def _remove_unmarked(store: Store, partition: Partition, fresh: Sequence[StoredFile]) -> None:
     """Removes files of a flush that was not finished: it is done again."""
-    tables: Sequence[TableName] = ("steps", "events")
-    for table in tables:
-        for file in store.files.listed(f"{FRESH}/table={table}"):
-            place = file.place
-            if place is not None and place.source == partition.source:
-                if place.last > partition.covered:
-                    store.files.remove(file.path)
+    for file in fresh:
+        place = file.place
+        if place is not None and place.source == partition.source:
+            if place.last > partition.covered:
+                store.files.remove(file.path)
+
+
+def _refuse(what: str) -> None:
+    raise StoreError(f"{what}; put it back or move it out of the store, then start the sink again")

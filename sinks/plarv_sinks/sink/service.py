@@ -6,7 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Generator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Generator, List, Optional, Sequence, Set, Tuple
 
 from plarv_schemas.arrow_columns import TableName
 from plarv_schemas.events import digest
@@ -23,6 +23,7 @@ from plarv_schemas.topic_reader import NoTopicError, record_of
 from plarv_schemas.topics import Topics
 from plarv_sinks.sink.partitions import Committed, Partition, SourceTopic, load_partitions
 from plarv_sinks.store import Store
+from plarv_sinks.store_files import Prepared
 
 __all__ = ["Sink", "SinkConfig", "SinkCounts"]
 
@@ -88,11 +89,14 @@ class Sink:
 
     def _turn(self) -> None:
         found = self._polled()
-        self._follow_assignment()
+        new = self._follow_assignment()
         now = time.monotonic()
         for place, received in found.items():
-            partition = self._partitions.get((place.topic, place.partition))
-            if partition is not None:
+            key = (place.topic, place.partition)
+            partition = self._partitions.get(key)
+            # What came with the assignment was read from where the commit stands: now it is read
+            # from where the files end.
+            if partition is not None and key not in new:
                 for each in received:
                     partition.take(record_of(each), now)
         if now >= self._wait_until:
@@ -112,17 +116,17 @@ class Sink:
             time.sleep(_POLL_MS / 1000)
             return {}
 
-    def _follow_assignment(self) -> None:
-        """Lets go of partitions that were taken away, and takes up those that are new.
+    def _follow_assignment(self) -> Set[Tuple[str, int]]:
+        """Lets go of partitions that were taken away, and takes up those that are new: these.
 
         What waited of the first is read again by whoever has them now.
         """
         lost, gained = self._listener.take()
         for key in lost:
             self._partitions.pop(key, None)
-        new = [key for key in gained if key not in self._partitions]
+        new = {key for key in gained if key not in self._partitions}
         if not new:
-            return
+            return new
         assigned: Dict[str, Set[int]] = {}
         for topic, number in new:
             assigned.setdefault(topic, set()).add(number)
@@ -139,6 +143,7 @@ class Sink:
                 )
             self._consumer.seek(place, at)
             self._partitions[place.topic, place.partition] = partition
+        return new
 
     def _committed(self, place: KafkaPlace, partition: Partition) -> Optional[Committed]:
         found = self._consumer.committed(place, metadata=True)
@@ -171,6 +176,10 @@ class Sink:
                     self._wait_until = time.monotonic() + _RETRY_S
                     return
                 self._store.files.publish(prepared)
+                if not self._all_there(prepared):
+                    self._listener.lose([(partition.topic.name, partition.number)])
+                    self._follow_assignment()
+                    return
             except OSError as error:
                 self._wait_for_the_disk(error)
                 return
@@ -180,6 +189,18 @@ class Sink:
         if due:
             self._read_on()
             self._commit()
+
+    def _all_there(self, prepared: Sequence[Prepared]) -> bool:
+        """Whether nobody has taken the files for those of a sink that was killed.
+
+        That happens to one that is stopped between two renames until its partitions are somebody
+        else's. A mark without what it marks is removed.
+        """
+        if all(self._store.files.exists(path) for _, path in prepared):
+            return True
+        self._store.files.remove(prepared[-1].path)
+        self._tell("this sink was stopped for so long that another one has its partitions")
+        return False
 
     def _commit(self) -> bool:
         """Commits what the files cover, and what was read beyond and is nothing to write; whether

@@ -12,6 +12,7 @@ from plarv_schemas.pyarrow_types import Array, RecordBatch, require_pyarrow
 from plarv_schemas.topic_reader import Record
 from plarv_schemas.topics import TABLE_HEADER, header
 from plarv_sinks.sink.rows import Rows
+from plarv_sinks.store import StoreError
 from plarv_sinks.store_runs import RunProgress, RunRow
 
 __all__ = ["StepsPartition", "Written"]
@@ -152,7 +153,12 @@ class StepsPartition:
         known = self._known.get(run_id)
         if isinstance(known, RunProgress):
             return known
-        progress = RunProgress(run_id) if known is None else RunProgress.of(known)
+        try:
+            progress = RunProgress(run_id) if known is None else RunProgress.of(known)
+        except ValueError as error:  # not the message's fault: it must not be dropped for it
+            raise StoreError(
+                f"run {run_id}: its state in the store is unreadable: {error}"
+            ) from error
         self._known[run_id] = progress
         return progress
 

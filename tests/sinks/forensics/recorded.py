@@ -10,7 +10,7 @@ from plarv_processors.engine import Engine
 from plarv_schemas import arrow
 from plarv_schemas.events import Action, ControlEvent, Event, StepEvent, Verdict
 from plarv_sinks.forensics import Forensics, Run, open_store
-from plarv_sinks.store_files import StoreFiles, table_path, without_run_id
+from plarv_sinks.store_files import StoreFiles, steps_place, table_path
 from plarv_sinks.store_runs import RunProgress
 
 __all__ = ["DATE", "as_dict", "keep", "kept", "steps_of"]
@@ -88,8 +88,8 @@ def _write_events(files: StoreFiles, run_id: str, placed: Sequence[_Placed]) -> 
         attempts=[attempt for _, _, attempt in steps],
         schema=arrow.file_schema("steps"),
     )
-    schema = without_run_id(arrow.file_schema("steps"), run_id)
-    files.write(f"{table_path('steps', DATE, run_id)}/0.parquet", schema, [batch])
+    folder, schema = steps_place(DATE, run_id)
+    files.write(f"{folder}/0.parquet", schema, [batch])
     batch = arrow.encode_controls(
         [event for event, _, _ in controls if isinstance(event, ControlEvent)],
         ordinals=[ordinal for _, ordinal, _ in controls],

@@ -93,10 +93,10 @@ def test_steps_that_were_changed_since_give_other_numbers(tmp_path: Path) -> Non
     from tests.sinks.forensics.recorded import DATE
 
     from plarv_schemas import arrow
-    from plarv_sinks.store_files import StoreFiles, table_path, without_run_id
+    from plarv_sinks.store_files import StoreFiles, steps_place
 
     run = kept(tmp_path, steps_of(SPIKE))
-    path = f"{table_path('steps', DATE, 'run')}/0.parquet"
+    folder, schema = steps_place(DATE, "run")
     other = steps_of([*SPIKE[:80], 12.0, *SPIKE[81:]])
     batch = arrow.encode_steps(
         [event for event in other if isinstance(event, StepEvent)],
@@ -104,7 +104,7 @@ def test_steps_that_were_changed_since_give_other_numbers(tmp_path: Path) -> Non
         schema=arrow.file_schema("steps"),
     )  # fmt: skip
     files = StoreFiles(tmp_path)
-    files.write(path, without_run_id(arrow.file_schema("steps"), "run"), [batch])
+    files.write(f"{folder}/0.parquet", schema, [batch])
     explained = run.explain(first(run))
     assert "evidence loss: recorded 9.0, recomputed 12.0" in explained.differences
 

@@ -236,3 +236,14 @@ def test_without_its_topics_it_says_what_to_do(broker_address: str, tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 1
     assert "argus topics create" in done.stderr
+
+
+def test_a_new_store_gets_everything_also_from_a_group_that_has_committed_further(
+    fleet: TopicsOnTest, tmp_path: Path
+) -> None:
+    wanted = put(fleet, random.Random(5))
+    for name in ("first", "second"):
+        location = tmp_path / name
+        with sink_here(fleet, Store(location, create=True)):
+            until("all is there", all_there(fleet, location, wanted))
+        assert_all_there(fleet, location)
