@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import itertools
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -29,6 +30,7 @@ BROKERS = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose the
 os.environ["ARGUS_STORE"] = "none"
 
 _WORKER = ("plarv_processors.app.", "plarv_processors.worker.")
+_DOCTEST_IMPORT = re.compile(r"^ *>>> (?:import|from) (\w+)", re.MULTILINE)
 _left_out: Dict[str, List[str]] = {}
 
 if "hypothesis" not in MISSING:
@@ -104,8 +106,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _top_imports(path: Path) -> frozenset[str]:
-    names: List[str] = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    """What the file's top imports, and its doctests."""
+    text = path.read_text(encoding="utf-8")
+    names: List[str] = _DOCTEST_IMPORT.findall(text)
+    for node in ast.parse(text).body:
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
