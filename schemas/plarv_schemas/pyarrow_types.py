@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    TypeVar,
+    cast,
+)
 
-__all__ = ["Array", "DataType", "Field", "RecordBatch", "Schema", "require_pyarrow"]
+__all__ = [
+    "Array",
+    "DataType",
+    "Field",
+    "RecordBatch",
+    "Schema",
+    "leave_pandas_out",
+    "require_pyarrow",
+]
 
 _Self = TypeVar("_Self", bound="Schema")
 
@@ -73,3 +94,19 @@ def require_pyarrow(module: str = "pyarrow") -> ModuleType:
         raise ImportError(
             "this needs pyarrow: pip install 'plarv-argus-sdk[forensics]' (Python 3.11 or later)"
         ) from error
+
+
+def leave_pandas_out() -> None:
+    """Keeps pyarrow from importing pandas, which takes a second, at its first list of numbers.
+
+    For processes of our own alone: in this one, pyarrow can no longer make pandas' frames.
+    ImportError: pyarrow is missing.
+    """
+    if "pandas" in sys.modules:
+        return
+    modules: Dict[str, Any] = cast(Any, sys.modules)
+    modules["pandas"] = None  # an import of it fails, which pyarrow remembers
+    try:
+        require_pyarrow().array([0])
+    finally:
+        del modules["pandas"]

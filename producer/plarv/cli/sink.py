@@ -14,6 +14,7 @@ from plarv.archiving import NO_STORE, store_location
 from plarv.cli.brokers import add_broker_option, fleet_of, told
 from plarv.cli.complaint import Complaint, tell
 from plarv.cli.run_folders import find_run, run_folders, runs_root
+from plarv_schemas.pyarrow_types import leave_pandas_out
 
 if TYPE_CHECKING:
     from plarv_sinks.sink.service import Sink
@@ -74,6 +75,7 @@ def _sink(options: argparse.Namespace) -> int:
     if options.all and options.runs:
         raise Complaint("name runs, or --all, not both")
     with told():
+        leave_pandas_out()
         if options.all or options.runs:
             return _archive(options)
         return _serve(options)

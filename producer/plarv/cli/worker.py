@@ -73,6 +73,8 @@ def add_to(commands: Any) -> None:
 
 
 def _worker(options: argparse.Namespace) -> int:
+    from plarv_schemas.pyarrow_types import leave_pandas_out
+
     try:
         from plarv_processors.app import run_worker, take_name
     except ImportError as error:
@@ -80,6 +82,7 @@ def _worker(options: argparse.Namespace) -> int:
             f"a worker needs Faust ({error}): pip install 'plarv-argus-sdk[engine]'"
         ) from error
 
+    leave_pandas_out()
     _set_up_logging(options.verbose)
     config = _config(options)
     _wait_for_topics(config.connection, config.topics, options.partitions)

@@ -26,7 +26,7 @@ from plarv.fleet.subscription import Subscriber, Subscription
 from plarv_schemas.events import Action, Verdict
 from plarv_schemas.kafka_clients import BrokerError, RefusedError, quiet_kafka_log
 from plarv_schemas.kafka_connection import Connection
-from plarv_schemas.pyarrow_types import require_pyarrow
+from plarv_schemas.pyarrow_types import leave_pandas_out
 from plarv_schemas.topics import Topics
 
 __all__ = ["MAX_REFUSALS", "Child", "main"]
@@ -92,7 +92,7 @@ class Child:
 
     def run(self) -> None:
         """Reaches the brokers, then ships until the training process has ended."""
-        require_pyarrow()  # before the handshake: a short run must not end before it is loaded
+        leave_pandas_out()  # and pyarrow is loaded before the handshake: a short run must not end before it is loaded
         self._acquire(self._own)  # so that no other process takes it for left over
         if self._reach():
             thread = threading.Thread(target=self._subscribe, name="subscription", daemon=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, List, Optional
 
-from plarv.archiving import start_archive
 from plarv.decision import Decision
 from plarv.faults import Faults
 from plarv.transport import Mailbox
@@ -100,6 +99,8 @@ class EmbeddedTransport:
         # A rank that ends after the one that leads has more to keep; the run's lock orders them.
         folded = self.folded_step
         if folded >= 0 if folded is not None else self._writer.record > 1:
+            from plarv.archiving import start_archive  # it and subprocess: at the end alone
+
             try:
                 start_archive(self._folder)
             except OSError as error:

@@ -188,7 +188,8 @@ def test_killed_again_and_again_while_the_store_is_compacted_nothing_is_missing_
             time.sleep(rng.uniform(0.0, 0.3))  # nobody knows where this is
             sink.end(signal.SIGKILL)
         compact(location, tell=print)
-    with SinkProcess(fleet, location) as sink:
+    with SinkProcess(fleet, location, "last") as sink:
+        until("it has begun", lambda: "sink: " in sink.said())
         until("all is there", all_there(fleet, location, wanted))
         assert sink.end() == 0
     assert_all_there(fleet, location)
