@@ -8,7 +8,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import (
     Any,
-    Dict,
     Iterator,
     List,
     Mapping,
@@ -17,7 +16,6 @@ from typing import (
     Sequence,
     Tuple,
     TypeVar,
-    cast,
 )
 
 __all__ = [
@@ -104,9 +102,16 @@ def leave_pandas_out() -> None:
     """
     if "pandas" in sys.modules:
         return
-    modules: Dict[str, Any] = cast(Any, sys.modules)
-    modules["pandas"] = None  # an import of it fails, which pyarrow remembers
+    hidden: Any = _NoPandas()
+    sys.meta_path.insert(0, hidden)
     try:
-        require_pyarrow().array([0])
+        require_pyarrow().array([0])  # it tries once, and remembers
     finally:
-        del modules["pandas"]
+        sys.meta_path.remove(hidden)
+
+
+class _NoPandas:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Finds nothing, and lets nobody else find pandas."""
+        if name == "pandas":
+            raise ImportError("pandas is left out here")

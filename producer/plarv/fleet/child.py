@@ -92,7 +92,8 @@ class Child:
 
     def run(self) -> None:
         """Reaches the brokers, then ships until the training process has ended."""
-        leave_pandas_out()  # and pyarrow is loaded before the handshake: a short run must not end before it is loaded
+        # pyarrow is loaded before the handshake: a short run must not end before it is.
+        leave_pandas_out()
         self._acquire(self._own)  # so that no other process takes it for left over
         if self._reach():
             thread = threading.Thread(target=self._subscribe, name="subscription", daemon=True)
