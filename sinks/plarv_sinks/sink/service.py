@@ -28,6 +28,7 @@ from plarv_sinks.store_files import Prepared
 __all__ = ["Sink", "SinkConfig", "SinkCounts"]
 
 _POLL_MS = 500
+_CLOSE_MS = 5_000  # a group that is just being joined would keep it longer
 _POLL_RECORDS = 2000
 _RETRY_S = 5.0
 _MAX_WAITING_BYTES = 512 * 1024 * 1024  # of all partitions together
@@ -266,7 +267,7 @@ class Sink:
             self._consumer.subscribe([each.name for each in self._topics], listener=self._listener)
             yield
         finally:
-            self._consumer.close(autocommit=False)
+            self._consumer.close(autocommit=False, timeout_ms=_CLOSE_MS)
 
 
 def _source_topics(config: SinkConfig) -> List[SourceTopic]:
