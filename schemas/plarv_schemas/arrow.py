@@ -124,16 +124,19 @@ def encode_actions(actions: Sequence[Action], *, schema: Optional[Schema] = None
 def decode_actions(batch: RecordBatch) -> List[Action]:
     """The inverse of `encode_actions`."""
     actions = [Action(*row) for row in zip(*_decode("actions", batch))]
-    return [
-        action._replace(
-            sessions=tuple(
-                (each["session"], each["first_record"]) for each in cast(Any, action.sessions)
-            ),
-            parameters=_from_json(cast(str, action.parameters)),
-            verdict_ids=tuple(action.verdict_ids),
-        )
-        for action in actions
-    ]
+    try:
+        return [
+            action._replace(
+                sessions=tuple(
+                    (each["session"], each["first_record"]) for each in cast(Any, action.sessions)
+                ),
+                parameters=_from_json(cast(str, action.parameters)),
+                verdict_ids=tuple(action.verdict_ids),
+            )
+            for action in actions
+        ]
+    except KeyError as error:
+        raise ValueError(f"column sessions has no {error}") from error
 
 
 def extra_column(batch: RecordBatch, name: Literal["ordinal", "attempt"]) -> Optional[List[int]]:
