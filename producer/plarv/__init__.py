@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from plarv.client import Argus
     from plarv.decision import Decision
     from plarv.fleet.actions import actions
+    from plarv.integrations.huggingface import ArgusCallback as ArgusCallback
+    from plarv.integrations.lightning import ArgusLightningCallback as ArgusLightningCallback
 
 __version__ = "0.1.0"
 
@@ -52,8 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """``Argus``, ``Decision`` and ``actions`` are loaded at first use: importing plarv costs a few
-    milliseconds.
+    """``Argus``, ``Decision``, ``actions`` and the frameworks' callbacks are loaded at first use:
+    importing plarv costs a few milliseconds. The callbacks are not in ``__all__``, for a star would
+    import their frameworks. ImportError: the framework is not installed.
     """
     if name == "Argus":
         from plarv.client import Argus
@@ -67,4 +70,12 @@ def __getattr__(name: str) -> object:
         from plarv.fleet.actions import actions
 
         return actions
+    if name == "ArgusCallback":
+        from plarv.integrations.huggingface import ArgusCallback
+
+        return ArgusCallback
+    if name == "ArgusLightningCallback":
+        from plarv.integrations.lightning import ArgusLightningCallback
+
+        return ArgusLightningCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""The detector that looks inside the model, on this machine only. torch is needed to attach it."""
+
+from __future__ import annotations
+
+from plarv.local.detector import LocalDetector
+from plarv.local.report import CheckResult, LocalReport
+
+__all__ = ["CheckResult", "LocalDetector", "LocalReport"]
