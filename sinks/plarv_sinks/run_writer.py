@@ -39,6 +39,11 @@ class WrittenRun(NamedTuple):
     run_id: str
     rows: Dict[TableName, int]
 
+    def __str__(self) -> str:
+        """The run and its new rows, in one line for people."""
+        rows = ", ".join(f"{number:,} {table}" for table, number in self.rows.items() if number)
+        return f"{self.run_id}: {rows or 'nothing new'}"
+
 
 def write_run(
     store: Store, progress: RunProgress, events: Iterator[Event], findings: Callable[[], _Findings]

@@ -75,5 +75,4 @@ def _show(written: WrittenRun, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"run_id": written.run_id, **written.rows}) + "\n")
         return
-    rows = ", ".join(f"{number:,} {table}" for table, number in written.rows.items() if number)
-    sys.stdout.write(f"{written.run_id}: {rows or 'nothing new'}\n")
+    sys.stdout.write(f"{written}\n")

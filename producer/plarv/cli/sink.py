@@ -102,8 +102,7 @@ def _archive(options: argparse.Namespace) -> int:
             tell(str(error))
             failed = failed or not options.all  # of all runs, one may still be running
             continue
-        rows = ", ".join(f"{number:,} {table}" for table, number in done.rows.items() if number)
-        sys.stdout.write(f"{done.run_id}: {rows or 'nothing new'}\n")
+        sys.stdout.write(f"{done}\n")
         if number % _MANY_FILES == 0:
             tidy(store)
     tidy(store)
