@@ -6,6 +6,7 @@
 .NOTPARALLEL:
 
 python := .venv/bin/python
+pytest := $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 # The stamps carry the checkout's place, since an editable install points there.
 place := $(shell pwd | cksum | cut -d' ' -f1)
 for_demo := .venv/.ready-demo-$(place)
@@ -33,10 +34,10 @@ broker:
 	@found=$$(PYTHON="$(PYTHON)" sh deploy/find-python.sh) && exec "$$found" deploy/local-broker/local_broker.py
 
 test: $(for_dev)
-	$(python) -m pytest -n 2 --dist loadfile -m "not slow" --durations=15
+	$(pytest) -m "not slow"
 
 test-all: $(for_dev)
-	$(python) -m pytest -n 2 --dist loadfile --durations=15
+	$(pytest)
 
 check: $(for_dev)
 	$(python) -m ruff format --check

@@ -29,6 +29,7 @@ BROKERS = os.environ.get("ARGUS_TEST_BROKERS", "")  # read before tests lose the
 # process that would fold beside them.
 os.environ["ARGUS_STORE"] = "none"
 
+_LONGEST = ("test_pythons.py",)
 _WORKER = ("plarv_processors.app.", "plarv_processors.worker.")
 _DOCTEST_IMPORT = re.compile(r"^ *>>> (?:import|from) (\w+)", re.MULTILINE)
 _left_out: Dict[str, List[str]] = {}
@@ -95,6 +96,11 @@ def pytest_ignore_collect(collection_path: Path) -> Optional[bool]:
     for name in missing:
         _left_out.setdefault(name, []).append(collection_path.name)
     return True if missing else None
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """The longest file first: with several workers it would else run on alone at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -94,7 +94,10 @@ def test_steps_are_complete_with_the_ranks_of_the_node_and_wait_for_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = LiveRun(monkeypatch, ranks=2, first_rank=2, world_size=4)
-    run.feed(stream("language_model", 50))
+    steps_of_a_model = stream("language_model", 50)
+    run.feed(steps_of_a_model[:4])
+    run.catch_up()  # both ranks' journals are there: neither holds its steps back in memory
+    run.feed(steps_of_a_model[4:])
     run.complete()
     events = [event for event in read_run(run.folder) if isinstance(event, StepEvent)]
     assert {(event.rank, event.world_size) for event in events} == {(2, 2), (3, 2)}
