@@ -32,8 +32,9 @@ TARGET = ROOT / "build" / "compiled"
 PACKAGES = (ROOT / "processors" / "plarv_processors", ROOT / "schemas" / "plarv_schemas")
 COMPILED = PACKAGES[0].name
 MODULES = (
-    "attempts", "complete_steps", "detector_fold", "detectors/*", "engine", "event_batch",
-    "fleet_statistics", "learning_rates", "policy", "responses", "sample_statistics", "windows",
+    "attempts", "checkpoints", "complete_steps", "detector_fold", "detectors/*", "engine",
+    "event_batch", "fleet_statistics", "learning_rates", "policy", "responses", "sample_statistics",
+    "windows",
 )  # fmt: skip
 REQUIREMENTS = ("mypy[mypyc]>=2.4,<3", "setuptools>=70")
 FLAGS = "-ffp-contract=off"  # a*b+c rounds twice, as in Python

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
+from plarv_processors.checkpoints import Checkpoint, Checkpoints
 from plarv_processors.learning_rates import LearningRates
-from plarv_processors.responses import LADDER, harm_of, response_to
-from plarv_schemas.events import Action, ActionKind, ControlEvent, StepEvent, Verdict
+from plarv_processors.responses import LADDER, harm_of, is_undone_by_rollback, response_to
+from plarv_schemas.events import Action, ActionKind, ControlEvent, Event, StepEvent, Verdict
 
 __all__ = ["Policy"]
 
@@ -40,6 +41,12 @@ class Policy:
     A loss spike alone lowers nothing: it takes a second critical verdict, or a learning rate that
     had risen.
 
+    Where the run keeps checkpoints, each is certified once ``confirm_steps`` have passed after it
+    without a critical verdict (CERTIFY), and what goes above CHECKPOINT first says which one is the
+    last before the onset (FREEZE). A fault that going back undoes then asks for ROLLBACK in place
+    of PAUSE: once an attempt, ``max_rollbacks`` times until a newer checkpoint is certified, and
+    PAUSE where it could not be done.
+
     ``harm_pressure`` is 0 to 3: the worst open verdict's harm and a quarter of each other one's. It
     rises at once and falls by ``release`` a step, so that what comes and goes stays visible.
 
@@ -58,6 +65,8 @@ class Policy:
         lr_factor: float = 0.5  # where no earlier learning rate explains the fault
         lr_jump: float = 2.0  # times the earlier one: then the learning rate is the cause
         lr_held: int = 8  # steps that the earlier one was held; the start of a warm-up is no jump
+        confirm_steps: int = 50  # a checkpoint's: the detectors confirm a fault within fewer
+        max_rollbacks: int = 2  # in a row, without a newer certified checkpoint
         expiry_steps: int = 200  # an action not applied by then is void
         warn_budget: int = 20  # warnings in an attempt before they are only counted, per detector
         release: float = 0.99  # of the harm pressure that is left after a step without harm
@@ -74,13 +83,14 @@ class Policy:
     __slots__ = (
         "config", "mode", "harm_pressure", "accept_operator", "_open", "_answered", "_rates",
         "_last_grave", "_lowered_at", "_lowerings", "_warned", "_paused", "_step_time",
-        "_world_size",
+        "_world_size", "_checkpoints", "_rollbacks", "_rollback",
     )  # fmt: skip
 
     def __init__(self, config: Optional[Config] = None, mode: str = "MANUAL") -> None:
         self.config = config or self.Config()
         self.mode = mode
         self.accept_operator = False
+        self._rollbacks = 0  # since a checkpoint was last certified
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
@@ -96,6 +106,8 @@ class Policy:
         self._paused = False
         self._step_time = 0.0
         self._world_size = 1
+        self._checkpoints = Checkpoints()
+        self._rollback = ""  # of this attempt: "asked", or "failed": then PAUSE is asked for
 
     def open_verdicts(self) -> Tuple[Verdict, ...]:
         """The verdicts that stand now, the newest state of each."""
@@ -113,10 +125,13 @@ class Policy:
     ) -> Tuple[Action, ...]:
         """The actions that follow from a step and its verdicts."""
         self._observe(event)
+        made: List[Action] = []
+        if event.step >= self._checkpoints.due:
+            self._certify(event, place, made)
         if not verdicts and not self._open:
             if self.harm_pressure:
                 self._release()
-            return ()
+            return tuple(made)
         asked: List[Tuple[ActionKind, Verdict]] = []
         for found in verdicts:
             key = f"{found.detector}/{found.rank}"
@@ -125,15 +140,14 @@ class Policy:
                 continue
             self._open[key] = tuple(found)
             asked.append((response_to(found)[0], found))
+            if found.level == "critical":
+                self._checkpoints.spoil()
         self._weigh()
         overdue = self._overdue(event.step)
         if overdue is not None:
             asked.append(("PAUSE", overdue))
-        made: List[Action] = []
         for kind, found in sorted(asked, key=lambda item: LADDER.index(item[0]), reverse=True):
-            action = self._answer(kind, found, event, place)
-            if action is not None:
-                made.append(action)
+            self._answer(kind, found, event, place, made)
         return tuple(made)
 
     def control(self, event: ControlEvent, place: Place) -> Tuple[Action, ...]:
@@ -146,6 +160,8 @@ class Policy:
             self.accept_operator = event.data.get("accept_operator") is True
         elif kind in ("action_refused", "action_dropped", "action_expired"):
             self._forget(str(event.data.get("kind", "")))
+        elif kind == "checkpoint_saved":
+            self._checkpoints.save(event.data, self.config.confirm_steps, self._is_calm())
         elif kind == "action_applied" and event.data.get("kind") == "SET_LR":
             self._lowered_at = step  # from here on it is given its time
         elif kind == "order" and event.data.get("order") in _ORDERS:
@@ -158,21 +174,8 @@ class Policy:
             if self.mode != "AUTO" and not self.accept_operator:
                 parameters["dry_run"] = True
             self._add_apply_step(parameters, step)
-            return (
-                Action(
-                    run_id=event.run_id,
-                    attempt=place.attempt,
-                    sessions=place.sessions(),
-                    step=step,
-                    ordinal=place.ordinal,
-                    kind=_ORDERS[order],
-                    parameters=parameters,
-                    reason=f"{who} ordered {order} after step {step}",
-                    verdict_ids=(),
-                    harm_pressure=self.harm_pressure,
-                    expiry_step=self._expiry(parameters, step),
-                ),
-            )
+            reason = f"{who} ordered {order} after step {step}"
+            return (self._action(_ORDERS[order], parameters, reason, (), event, step, place),)
         return ()
 
     def _observe(self, event: StepEvent) -> None:
@@ -204,7 +207,12 @@ class Policy:
         self.harm_pressure = pressure if pressure >= 0.01 else 0.0
 
     def _overdue(self, step: int) -> Optional[Verdict]:
-        """A critical verdict that a lowered learning rate has not cured in time."""
+        """A critical verdict that a lowered learning rate has not cured in time, or that should
+        have been rolled back and could not.
+        """
+        if self._rollback == "failed":
+            uncured = [found for found in self.open_verdicts() if found.level == "critical"]
+            return max(uncured, key=harm_of) if uncured else None
         lowered = self._lowered_at
         if lowered is None or step - lowered < self.config.patience_steps:
             return None
@@ -216,35 +224,92 @@ class Policy:
         return max(uncured, key=harm_of) if uncured else None
 
     def _answer(
-        self, kind: ActionKind, found: Verdict, event: StepEvent, place: Place
-    ) -> Optional[Action]:
-        """The action for one finding; None where its cause was answered, or the budget is spent."""
+        self,
+        kind: ActionKind,
+        found: Verdict,
+        event: StepEvent,
+        place: Place,
+        made: List[Action],
+    ) -> None:
+        """Adds the actions for one finding; none where its cause was answered, or the budget is
+        spent.
+        """
         if kind == "SET_LR" and found.detector == "loss_spike" and not self._supported():
             kind = "CHECKPOINT"
+        clean = self._checkpoints.before(found.onset_step)
+        if kind == "PAUSE" and clean is not None and self._may_roll_back(found):
+            kind = "ROLLBACK"
         cause = f"{found.detector}/{found.rank}/{found.onset_step}"
         before = self._answered.get(cause)
         if before is not None and LADDER.index(before) >= LADDER.index(kind):
-            return None
+            return
         if not self._affordable(kind, found, event.step):
-            return None
-        parameters, why = self._plan(kind, found, event.step, before)
+            return
+        if LADDER.index(kind) > LADDER.index("CHECKPOINT"):
+            self._freeze(found, event, place, made)
+        parameters, why = self._plan(kind, found, event.step, before, clean)
         self._answered[cause] = kind
         if len(self._answered) > _MAX_CAUSES:
             del self._answered[next(iter(self._answered))]
         where = "" if found.rank is None else f" on rank {found.rank}"
+        reason = f"{found.detector} ({found.kind}){where}: {why}"
+        ids = (found.id,)
+        made.append(self._action(kind, parameters, reason, ids, event, event.step, place))
+
+    def _certify(self, event: StepEvent, place: Place, made: List[Action]) -> None:
+        """Certifies the checkpoint that is due, one a step: an action's id tells its step and
+        kind.
+        """
+        steps = self.config.confirm_steps
+        done = self._checkpoints.certify(event.step, steps)
+        if done is not None:
+            self._rollbacks = 0
+            why = (
+                f"{steps} steps without a critical verdict after the checkpoint of step {done.step}"
+            )
+            made.append(self._action("CERTIFY", done.place(), why, (), event, event.step, place))
+
+    def _freeze(self, found: Verdict, event: StepEvent, place: Place, made: List[Action]) -> None:
+        """Says once which checkpoint is the last before the fault: it must not be overwritten."""
+        frozen = self._checkpoints.freeze(found.onset_step)
+        if frozen is not None:
+            why = f"{found.detector} ({found.kind}): {frozen[1]}"
+            step = event.step
+            made.append(self._action("FREEZE", frozen[0], why, (found.id,), event, step, place))
+
+    def _action(
+        self,
+        kind: ActionKind,
+        parameters: Dict[str, Any],
+        reason: str,
+        verdict_ids: Tuple[str, ...],
+        event: Event,
+        step: int,
+        place: Place,
+    ) -> Action:
         return Action(
             run_id=event.run_id,
             attempt=place.attempt,
             sessions=place.sessions(),
-            step=event.step,
+            step=step,
             ordinal=place.ordinal,
             kind=kind,
             parameters=parameters,
-            reason=f"{found.detector} ({found.kind}){where}: {why}",
-            verdict_ids=(found.id,),
+            reason=reason,
+            verdict_ids=verdict_ids,
             harm_pressure=self.harm_pressure,
-            expiry_step=self._expiry(parameters, event.step),
+            expiry_step=self._expiry(parameters, step),
         )
+
+    def _may_roll_back(self, found: Verdict) -> bool:
+        return (
+            is_undone_by_rollback(found)
+            and self._rollback != "failed"
+            and (self._rollback == "asked" or self._rollbacks < self.config.max_rollbacks)
+        )
+
+    def _is_calm(self) -> bool:
+        return all(found.level != "critical" for found in self.open_verdicts())
 
     def _affordable(self, kind: ActionKind, found: Verdict, step: int) -> bool:
         """Whether the budget and the cooldown allow it."""
@@ -257,10 +322,17 @@ class Policy:
             last = self._last_grave
             cool = last is None or step - last >= config.cooldown_steps
             return cool and self._lowerings < config.max_lowerings
+        if kind == "ROLLBACK":  # one an attempt, which ends with it
+            return not self._rollback
         return not (kind == "PAUSE" and self._paused)
 
     def _plan(
-        self, kind: ActionKind, found: Verdict, step: int, before: Optional[ActionKind]
+        self,
+        kind: ActionKind,
+        found: Verdict,
+        step: int,
+        before: Optional[ActionKind],
+        clean: Optional[Checkpoint],
     ) -> Tuple[Dict[str, Any], str]:
         """The action's parameters and why, and what the policy keeps in mind of it."""
         config = self.config
@@ -273,6 +345,12 @@ class Policy:
             why = f"{why}; {how}"
             self._lowered_at = step if self.mode != "AUTO" else None  # until it is applied
             self._lowerings += 1
+        elif kind == "ROLLBACK" and clean is not None:
+            self._rollback = "asked"
+            self._rollbacks += 1
+            onset = found.onset_step
+            parameters.update(clean.place(), onset_step=onset, bad_steps=[onset, step])
+            why = f"{why}; back to the certified checkpoint of step {clean.step}"
         elif kind == "PAUSE":
             self._paused = True
             if before == "SET_LR" or response_to(found)[0] == "SET_LR":
@@ -314,3 +392,5 @@ class Policy:
             self._paused = False
         if kind == "SET_LR":
             self._lowered_at = None
+        if kind == "ROLLBACK":
+            self._rollback = "failed"

@@ -6,13 +6,14 @@ from typing import Mapping, Tuple
 
 from plarv_schemas.events import ActionKind, Verdict
 
-__all__ = ["LADDER", "RESPONSES", "harm_of", "response_to"]
+__all__ = ["LADDER", "RESPONSES", "harm_of", "is_undone_by_rollback", "response_to"]
 
 LADDER: Tuple[ActionKind, ...] = (
     "WARN",
     "CHECKPOINT",
     "SET_LR",
     "RESET_OPTIMIZER",
+    "ROLLBACK",
     "PAUSE",
     "HALT",
 )
@@ -38,6 +39,8 @@ RESPONSES: Mapping[Tuple[str, str], Tuple[ActionKind, float]] = {
 Only confirmed or exact evidence is listed above CHECKPOINT. What is not listed asks for WARN (warn)
 or CHECKPOINT (critical), so a detector of the user's own can never stop a run."""
 
+_OF_THE_MACHINE = frozenset({"fleet_skew"})  # the old state would be corrupted by it anew
+
 _HARM = {"warn": 0.5, "critical": 1.0}
 
 
@@ -52,3 +55,8 @@ def response_to(found: Verdict) -> Tuple[ActionKind, float]:
 def harm_of(found: Verdict) -> float:
     """Its harm alone."""
     return response_to(found)[1]
+
+
+def is_undone_by_rollback(found: Verdict) -> bool:
+    """Whether going back to a checkpoint from before its onset leaves the fault behind."""
+    return found.detector not in _OF_THE_MACHINE
