@@ -73,7 +73,7 @@ class Checkpoints:
 
     def certify(self, step: int, window: int) -> Optional[Checkpoint]:
         """The oldest one that is certified at ``step``, one at a time; None: none is."""
-        if step < self.due:
+        if step < self.due or not self._waiting:
             return None
         found = self._waiting.pop(0)
         self._certified.append(found)

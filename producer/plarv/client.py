@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Mapping, Optional, Sequence, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Type, Union
 
 from plarv import lifecycle, settings
 from plarv.columns import MAX_STEP, step_number
@@ -16,6 +16,9 @@ from plarv.exceptions import ArgusError, ArgusHalt, ArgusIntervention, ArgusPaus
 from plarv.parameters import check_arguments
 from plarv.session import Session, open_session
 from plarv_schemas.journal import CORE, CORE_SIZE, HAS_GRAD_NORM, HAS_LOSS
+
+if TYPE_CHECKING:
+    from plarv.checkpoints.ring import Recovery
 
 __all__ = ["Argus"]
 
@@ -191,6 +194,24 @@ class Argus:
         """
         self._complete(str(status), None)
 
+    def recover(self, step: Optional[int] = None) -> Optional[Recovery]:
+        """Puts model, optimizer, scheduler and random numbers back to a checkpoint of
+        ``checkpoint_dir``, and opens the run's next attempt.
+
+        To the one of ``anchor_point.json``: the last certified before the last collapse, or the
+        newest certified; where none is certified, to the newest. ``step`` names another. What it
+        went back to, or None where there is no checkpoint. Steps go on behind it.
+
+        ArgusError: it does not fit this model, or cannot be read; nothing has changed then.
+        """
+        session = self._session
+        if session is None:
+            return None
+        found = session.recover(step)
+        if session.resume_at is not None:
+            self._next_step, session.resume_at = session.resume_at, None
+        return found
+
     @property
     def run_id(self) -> str:
         """The run's id; '' where Argus is disabled."""
@@ -248,6 +269,8 @@ class Argus:
             if session.late == 1:
                 lifecycle.watch(self)  # to say at the exit how many
             session.intervene(number)
+            if session.resume_at is not None:
+                self._next_step, session.resume_at = session.resume_at, None
         except ArgusIntervention:
             raise
         except Exception as error:  # the one place where our errors end

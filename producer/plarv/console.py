@@ -10,6 +10,7 @@ from plarv_schemas.events import Action, Verdict
 
 __all__ = ["Console"]
 
+_QUIET = ("WARN", "CERTIFY")  # the verdict behind a warning says it all; the other is good news
 _MAX_LINES = 200  # a broken run must not flood its own log; the files have everything
 _COLOUR = {"critical": "31", "warn": "33", "ok": "32"}
 
@@ -48,7 +49,7 @@ class Console:
                 f"step {record.step}{rank} {self._paint(word, record.level)} "
                 f"{record.detector} ({record.kind}): {record.message}"
             )
-        elif record.kind != "WARN":  # the verdict behind a warning says it all
+        elif record.kind not in _QUIET:
             dry = "  (MANUAL: not applied)" if record.parameters.get("dry_run") else ""
             self.say(f"step {record.step} action {record.kind}: {record.reason}{dry}")
 

@@ -7,14 +7,27 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol
 from plarv.exceptions import ArgusHalt, ArgusIntervention, ArgusPause
 from plarv.faults import Faults
 from plarv.learning_rate import LearningRateCap
+from plarv.tensors import loaded_torch
 from plarv_schemas.events import Action
 
 __all__ = ["Agreement", "Interventions", "call_on_pause"]
 
-_APPLIED_HERE = frozenset({"SET_LR", "PAUSE", "HALT", "RESUME"})
+_APPLIED_HERE = frozenset({"SET_LR", "RESET_OPTIMIZER", "ROLLBACK", "PAUSE", "HALT", "RESUME"})
 
 Report = Callable[[str, int, Mapping[str, Any]], None]
 """(control kind, step, data): writes a control event."""
+
+
+class Rollback(Protocol):
+    """How a run goes back to one of its checkpoints."""
+
+    def can_restore(self, step: int) -> Optional[str]:
+        """Why the checkpoint of ``step`` cannot be gone back to; None: it can."""
+        ...
+
+    def restore(self, step: int) -> object:
+        """Goes back. OSError, ValueError, RuntimeError: it could not, and nothing has changed."""
+        ...
 
 
 class Agreement(Protocol):
@@ -51,7 +64,11 @@ class Interventions:
         faults: Faults,
         agreement: Optional[Agreement] = None,
         scheduler: Any = None,
+        rollback: Optional[Rollback] = None,
+        on_rollback: Callable[[Action, object], None] = lambda action, slot: None,
     ) -> None:
+        self._rollback = rollback
+        self._on_rollback = on_rollback
         self._scheduler = scheduler
         self._auto = auto
         self._accept_operator = accept_operator
@@ -116,12 +133,22 @@ class Interventions:
             self._tell("action_dropped", action, step, {"why": "no store to agree by"})
         elif step > action.parameters["apply_step"]:
             self._tell("action_dropped", action, step, {"why": "it came too late"})
-        elif action.kind == "SET_LR" and self._find_optimizer() is None:
-            self._tell("action_refused", action, step, {"why": "no optimizer is known"})
+        elif self._why_not(action):
+            self._tell("action_refused", action, step, {"why": self._why_not(action)})
         else:
             agreement.announce(action)
             return True
         return False
+
+    def _why_not(self, action: Action) -> Optional[str]:
+        """What is missing here for ``action``; None: it can be carried out."""
+        if action.kind in ("SET_LR", "RESET_OPTIMIZER") and self._find_optimizer() is None:
+            return "no optimizer is known"
+        if action.kind == "ROLLBACK":
+            if self._rollback is None:
+                return "no checkpoints are kept: give checkpoint_dir"
+            return self._rollback.can_restore(int(action.parameters["checkpoint_step"]))
+        return None
 
     def _agreed(self, action: Action, step: int) -> bool:
         """At its step, or the first one reported after it: what all ranks decided."""
@@ -133,6 +160,10 @@ class Interventions:
     def _carry_out(self, action: Action, step: int) -> None:
         if action.kind == "SET_LR":
             self._set_lr(action, step)
+        elif action.kind == "RESET_OPTIMIZER":
+            self._reset_optimizer(action, step)
+        elif action.kind == "ROLLBACK":
+            self._roll_back(action, step)
         elif action.kind == "RESUME":
             self.held = None
             self._tell("action_applied", action, step, {})
@@ -153,6 +184,29 @@ class Interventions:
             self._tell("action_refused", action, step, {"why": "the learning rate cannot be set"})
             return
         self._tell("action_applied", action, step, {"lr": lr, "lr_before": before})
+
+    def _reset_optimizer(self, action: Action, step: int) -> None:
+        optimizer = self._find_optimizer()
+        if optimizer is None or not hasattr(optimizer, "state") or loaded_torch() is None:
+            self._tell("action_refused", action, step, {"why": "no optimizer with state is known"})
+            return
+        from plarv.checkpoints.training_state import reset_optimizer  # asked for once in a run
+
+        self._tell("action_applied", action, step, {"parameters": reset_optimizer(optimizer)})
+
+    def _roll_back(self, action: Action, step: int) -> None:
+        why = self._why_not(action)
+        if why is None and self._rollback is not None:
+            try:
+                slot = self._rollback.restore(int(action.parameters["checkpoint_step"]))
+            except (OSError, ValueError, RuntimeError) as error:
+                why = str(error)
+            else:
+                self._waiting.clear()  # of the attempt that is left
+                self._tell("action_applied", action, step, {})
+                self._on_rollback(action, slot)
+                return
+        self._tell("action_refused", action, step, {"why": why})
 
     def _tell(self, what: str, action: Action, step: int, data: Mapping[str, Any]) -> None:
         self._report(what, step, {"action": action.id, "kind": action.kind, **data})

@@ -110,6 +110,11 @@ class Recorder:
             self._finish(under_way.popleft())
 
     def close(self, timeout_s: float) -> None:
+        """Settles, and gives back what copies the scalars."""
+        self.settle(timeout_s)
+        self._scalars.close()
+
+    def settle(self, timeout_s: float) -> None:
         """Waits for the rest up to ``timeout_s`` and writes it, with what has come by then."""
         until = time.monotonic() + timeout_s
         for step in list(self._under_way):
@@ -118,7 +123,6 @@ class Recorder:
                 break
         while self._under_way:
             self._finish(self._under_way.popleft())
-        self._scalars.close()
 
     def _finish(self, step: _Step) -> None:
         """Writes a step with what has come of it."""

@@ -23,17 +23,18 @@ from plarv.learning_rate import LearningRateCap
 from plarv.parameters import resolve_mode
 from plarv.recorder import Recorder
 from plarv.signals import ModelSignals
-from plarv.transport import Mailbox, Transport
-from plarv.transport.embedded import EmbeddedTransport
+from plarv.transport import Mailbox
+from plarv.transport.opening import open_transport
 from plarv_schemas.events import Action, Verdict
 
 if TYPE_CHECKING:
+    from plarv.checkpoints.ring import CheckpointRing, Recovery
     from plarv.fleet.opening import FleetSettings
 
 __all__ = ["Session", "open_session"]
 
-_MEGABYTE = 1024 * 1024
 _FLUSH_S = 0.001
+_UNHEARD_STEPS = 1000  # where no step of the engine is known, it is taken to be so far behind
 
 
 class Session:
@@ -67,17 +68,10 @@ class Session:
         self._signals = ModelSignals(given["model"], given["optimizer"], self._cap, self.faults)
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
-        self._interventions = Interventions(
-            auto=mode == "AUTO" and may_act(identity, fleet),
-            accept_operator=given["accept_operator"] is True and may_act(identity, fleet),
-            cap=self._cap,
-            find_optimizer=self._signals.optimizer,
-            on_pause=given["on_pause"],
-            report=self._report,
-            faults=self.faults,
-            agreement=self._agreement,
-            scheduler=given["scheduler"],
-        )
+        self._ring = self._open_ring(given)
+        self._attempt_from = 0  # first record of this attempt
+        self.resume_at: Optional[int] = None  # the step that the next one is, after a rollback
+        self._interventions = self._make_interventions(given, may_act(identity, fleet))
         self._recorder = Recorder(
             self.writer, ColumnReader(sample_key(self.folder)), self._signals, self.faults
         )
@@ -90,7 +84,10 @@ class Session:
         self._rate: Optional[Mapping[str, Any]] = None
         self._odd_rate = False
         self._fleet = fleet
-        self.transport = self._embedded() if fleet is None else self._kafka(fleet)
+        self.transport = open_transport(
+            fleet, home, identity, self.mailbox, self.faults, self.console.say, self._tell,
+            self._tend,
+        )  # fmt: skip
         self._look_at_rate()
         self._hold()
 
@@ -154,11 +151,32 @@ class Session:
             )
         actions = self.mailbox.actions
         while actions:
-            self._interventions.take(actions.popleft(), step)
+            action = actions.popleft()
+            if any(s == self.writer.session and r < self._attempt_from for s, r in action.sessions):
+                continue  # of an attempt that a rollback has left
+            if self._ring is not None:
+                self._ring.take(action, step)
+            self._interventions.take(action, step)
         try:
             self._interventions.apply(step)
+            if self._ring is not None and self.resume_at is None:
+                known = self.mailbox.decision
+                judged = step - _UNHEARD_STEPS if known.step is None else known.step
+                self._ring.offer(step, judged, calm=known.action in ("CONTINUE", "WARN"))
         finally:
             self._hold()
+
+    def recover(self, step: Optional[int]) -> Optional[Recovery]:
+        """Puts the training back to a checkpoint, and opens the run's next attempt."""
+        if self._ring is None:
+            raise ArgusError("recover() needs a model and checkpoint_dir")
+        try:
+            found = self._ring.recover(step)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArgusError(f"the training could not be put back: {error}") from error
+        if found is not None:
+            self._begin_attempt(found.step)
+        return found
 
     def close(self, status: str, exception: Optional[str], begun: Optional[float] = None) -> None:
         """Ends the session within ARGUS_SHUTDOWN_TIMEOUT, and prints the summary. Once.
@@ -176,6 +194,9 @@ class Session:
         with guard:
             self._recorder.close(self._timeout_s / 4)
         with guard:
+            if self._ring is not None:
+                self._ring.finish(self._timeout_s / 4)
+        with guard:
             data = {"status": status, "exception": exception}
             self.writer.control("session_finished", step=None, rank=self.identity.rank, data=data)
             self.writer.hold(True)
@@ -187,6 +208,8 @@ class Session:
                 time.sleep(_FLUSH_S)  # its thread makes room
             self.transport.close(max(0.0, until - time.monotonic()))
         with guard:
+            self._close_ring(max(0.0, until - time.monotonic()))
+        with guard:
             self.writer.close()
         with guard:
             self._summarise(status)
@@ -197,35 +220,8 @@ class Session:
         self.console.silent = True
         self.transport.abandon()
         self._signals.close()
-
-    def _embedded(self) -> Transport:
-        return EmbeddedTransport(
-            self.folder,
-            self.writer,
-            self.mailbox,
-            self.faults,
-            may_lead=self.identity.local_rank == 0,
-            several=self.identity.local_world_size > 1,
-            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
-            tell=self._tell,
-            tend=self._tend,
-        )
-
-    def _kafka(self, fleet: FleetSettings) -> Transport:
-        from plarv.transport.kafka import KafkaTransport
-
-        return KafkaTransport(
-            fleet,
-            self.folder,
-            self.writer,
-            self.mailbox,
-            self.faults,
-            leads=self.identity.local_rank == 0,
-            journal_max_bytes=settings.integer("ARGUS_JOURNAL_MAX_MB") * _MEGABYTE,
-            say=self.console.say,
-            tell=self._tell,
-            tend=self._tend,
-        )
+        if self._ring is not None:
+            self._ring.abandon()
 
     def _discard(self) -> None:
         """The session never began: no process, no journal, and no folder if it made one."""
@@ -235,6 +231,7 @@ class Session:
             self.transport.discard()
         with guard:
             self._signals.close()
+            self._close_ring(0.0)
             self.writer.close()
             remove_session(self.folder, self.writer.session)
 
@@ -244,12 +241,61 @@ class Session:
             self._closed
             or self._signals.active
             or self._batch_size is not None
+            or self._ring is not None
             or self._recorder.waiting
             or self._odd_rate
             or self._interventions.busy
             or bool(self.mailbox.actions)
             or bool(self.mailbox.refused)
         )
+
+    def _make_interventions(self, given: Mapping[str, Any], acts: bool) -> Interventions:
+        return Interventions(
+            auto=self.mode == "AUTO" and acts,
+            accept_operator=given["accept_operator"] is True and acts,
+            cap=self._cap,
+            find_optimizer=self._signals.optimizer,
+            on_pause=given["on_pause"],
+            report=self._report,
+            faults=self.faults,
+            agreement=self._agreement,
+            scheduler=given["scheduler"],
+            rollback=self._ring,
+            on_rollback=self._rolled_back,
+        )
+
+    def _open_ring(self, given: Mapping[str, Any]) -> Optional[CheckpointRing]:
+        if given["checkpoint_dir"] is None and not settings.text("ARGUS_CHECKPOINT_DIR"):
+            return None
+        from plarv.checkpoints.opening import open_ring  # nothing where there is no ring
+
+        return open_ring(given, self.identity, self.writer, self.console.say, self.faults)
+
+    def _close_ring(self, timeout_s: float) -> None:
+        """What the engine said last still counts: a run that has just died is frozen."""
+        if self._ring is not None:
+            while self.mailbox.actions:
+                self._ring.take(self.mailbox.actions.popleft(), self._last_step)
+            self._ring.close(timeout_s)
+
+    def _rolled_back(self, action: Action, slot: Any) -> None:
+        self._begin_attempt(slot.step)
+        bad = "{} to {}".format(*action.parameters["bad_steps"])
+        self.console.say(f"rolled back to step {slot.step}: the batches of steps {bad} are skipped")
+
+    def _begin_attempt(self, step: int) -> None:
+        """The state is that after ``step`` now: the log hears of it, and of what can be gone back
+        to from there.
+        """
+        self._recorder.settle(self._timeout_s)  # what a device owes belongs to the attempt before
+        self.writer.control(
+            "recovered", step=step, rank=self.identity.rank, data={"checkpoint_step": step}
+        )
+        self._attempt_from = self.writer.record - 1
+        self._last_step = step
+        self.resume_at = step + 1
+        if self._ring is not None:
+            self._ring.announce(step)
 
     def _report(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         self.writer.control(kind, step=step, rank=self.identity.rank, data=data)

@@ -24,6 +24,11 @@ SETTINGS: Mapping[str, Tuple[str, str]] = {
     "ARGUS_PROJECT": ("", "a name that groups runs"),
     "ARGUS_MODE": ("MANUAL", "MANUAL reports, AUTO applies"),
     "ARGUS_SILENT": ("0", "1: nothing is printed"),
+    "ARGUS_CHECKPOINT_DIR": ("", "folder of the checkpoints; none are kept without it"),
+    "ARGUS_CHECKPOINT_STEPS": (
+        "0",
+        "steps between two checkpoints at least; 0: as often as it costs under 1%",
+    ),
     "ARGUS_JOURNAL_MAX_MB": ("1024", "bound of one run's journal on disk, in MiB"),
     "ARGUS_SHUTDOWN_TIMEOUT": ("2.0", "seconds that the exit may take at most"),
     "ARGUS_API_KEY": (

@@ -212,10 +212,17 @@ def test_with_several_ranks_and_nothing_to_agree_by_an_action_is_dropped_and_tol
 
 def test_kinds_that_are_none_of_the_processs_business_are_left_alone() -> None:
     process = Process()
-    kinds: Tuple[ActionKind, ...] = ("WARN", "CHECKPOINT", "CERTIFY", "FREEZE", "ROLLBACK")
+    kinds: Tuple[ActionKind, ...] = ("WARN", "CHECKPOINT", "CERTIFY", "FREEZE")
     for kind in kinds:
         process.hears(action(kind))
     assert process.told == []
+
+
+def test_a_rollback_without_checkpoints_is_refused_with_the_reason() -> None:
+    process = Process()
+    process.hears(action("ROLLBACK", checkpoint_step=3))
+    assert process.kinds == ["action_refused"]
+    assert "checkpoint_dir" in process.told[0][2]["why"]
 
 
 @pytest.mark.parametrize("auto", [True, False])

@@ -1,0 +1,400 @@
+"""When a checkpoint is saved, and what becomes of it: the ring of three slots beside a training."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Callable, Deque, Dict, FrozenSet, Mapping, NamedTuple, Optional, Tuple
+
+from plarv import settings
+from plarv.checkpoints.pretrained import save_beside
+from plarv.checkpoints.slots import ANCHOR, Slot, Slots, choose, read_json, write_json
+from plarv.checkpoints.snapshot import REST_FILE, Snapshot
+from plarv.checkpoints.tensor_file import write_tensor_file
+from plarv.checkpoints.training_state import restore
+from plarv.faults import Faults
+from plarv_schemas.events import Action
+from plarv_schemas.journal_writer import JournalWriter
+
+__all__ = ["CheckpointRing", "Recovery"]
+
+_WINDOW = 50  # steps until one is certified: none is saved sooner after another
+_SNAPSHOT_SHARE = 0.01  # of the training's time
+_WRITE_SHARE = 0.05  # of the time that a disk is busy with it
+_SHARDED_STEPS = 500  # all ranks must save at one step, so none may go by its own clock
+_WAIT_S = 60.0  # that a rollback waits for a write under way
+_NICE = 19  # the thread that writes gives way to the training's
+_NO_FAULT: Mapping[str, Any] = {
+    "onset_step": None, "frozen_at_step": None, "verdicts": [],
+    "reason": "the newest certified checkpoint",
+}  # fmt: skip
+_Job = Callable[[], None]
+
+
+class Recovery(NamedTuple):
+    """What a training was put back to."""
+
+    step: int  # whose state it has now
+    path: Path
+    certified: bool
+    run_id: str  # that saved it
+    onset_step: Optional[int]  # of the fault for which it is the anchor
+    bad_steps: Tuple[int, ...]  # first and last step of that fault's batches; () without one
+
+
+class CheckpointRing:
+    """Keeps a training's state in three slots on disk.
+
+    ``offer()`` is called at every step and copies the state into memory where a checkpoint is due;
+    a thread of its own writes it, and the log hears of it at the next step. ``take()`` hears of the
+    engine's CERTIFY, FREEZE and CHECKPOINT.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        training: Tuple[Any, Any, Any, Any],  # model, optimizer, scheduler, tokenizer
+        about: Mapping[str, Any],  # run_id, session, part, parts
+        writer: JournalWriter,
+        rank: int,
+        say: Callable[[str], None],
+        faults: Faults,
+        *,
+        writes: bool,
+    ) -> None:
+        self._writer = writer
+        self._rank = rank
+        self._saved: Deque[Dict[str, Any]] = deque(maxlen=64)
+        self._slots = slots
+        self._training = training
+        self._about = about
+        self._say = say
+        self._faults = faults
+        self._writes = writes
+        self._every = settings.integer("ARGUS_CHECKPOINT_STEPS")
+        self._is_sharded = about["parts"] > 1
+        self._snapshot = Snapshot(*training[:3])
+        self._state = "new"  # then "preparing", "ready"; "off": no checkpoint is saved any more
+        self._known = slots.all()
+        self._keep: FrozenSet[int] = frozenset()  # slots that are frozen
+        self._frozen_step = -1
+        self._last: Optional[int] = None  # step of the newest
+        self._judged = -1
+        self._since_ns = time.time_ns()  # older slots are of another attempt: no word on them comes
+        self._step_s = self._take_s = self._write_s = 0.0  # durations, in seconds
+        self._at: Optional[float] = None  # when the last step was
+        self._jobs: SimpleQueue[Optional[_Job]] = SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+
+    def offer(self, step: int, judged: int, *, calm: bool) -> None:
+        """Training thread, after ``step``: saves it where that is due and nothing is under way.
+
+        ``judged``: the step up to which the engine has come. ``calm``: nothing grave is open.
+        """
+        self._judged = judged
+        self._tell_saved()
+        if not self._writes or self._state in ("off", "preparing"):
+            return
+        now = time.monotonic()
+        if self._at is not None:
+            took = now - self._at
+            self._step_s = took if self._step_s == 0.0 else 0.9 * self._step_s + 0.1 * took
+        self._at = now
+        if self._state == "new":
+            self._snapshot.survey()
+            self._do("preparing", self._prepare)
+        elif self._state == "ready" and self._is_due(step, calm):
+            self._save(step)
+
+    def take(self, action: Action, step: int) -> None:
+        """Hears of an action of the engine, after ``step``."""
+        if not self._writes:
+            return
+        if action.kind == "CERTIFY":
+            self._do(None, lambda: self._certify(action))
+        elif action.kind == "FREEZE":
+            clean = action.parameters.get("checkpoint_step")
+            if isinstance(clean, int):
+                self._frozen_step = clean
+                self._keep = frozenset(slot.number for slot in self._known if slot.step == clean)
+                self._do(None, lambda: self._freeze(action, clean))
+        elif action.kind == "CHECKPOINT" and not self._is_sharded and self._state == "ready":
+            self._save(step)
+
+    def can_restore(self, step: int) -> Optional[str]:
+        """Why the checkpoint of ``step`` cannot be gone back to; None: it can."""
+        if self._find(step) is None:
+            return f"{self._slots.folder} holds no certified checkpoint of step {step}"
+        return None
+
+    def restore(self, step: int) -> Slot:
+        """Goes back to the certified checkpoint of ``step``.
+
+        OSError, ValueError, RuntimeError: it could not be, and nothing has changed.
+        """
+        self._settle()
+        slot = self._find(step)
+        if slot is None:
+            raise ValueError(f"{self._slots.folder} holds no certified checkpoint of step {step}")
+        self._load(slot)
+        return slot
+
+    def recover(self, step: Optional[int]) -> Optional[Recovery]:
+        """Goes back to the anchor, or to ``step``; None: there is no checkpoint."""
+        self._settle()
+        anchor = self._anchor()
+        slots = self._slots.all()
+        if step is None:
+            certified = [slot for slot in slots if slot.certified]
+            wanted = [slot for slot in certified if slot.step == anchor.get("step")]
+            chosen = (wanted or certified or list(slots))[-1:]
+        else:
+            chosen = [slot for slot in slots if slot.step == step][-1:]
+            if not chosen:
+                steps = ", ".join(str(slot.step) for slot in slots) or "none"
+                raise ValueError(f"there is no checkpoint of step {step}; there are: {steps}")
+        if not chosen:
+            return None
+        slot = chosen[0]
+        self._load(slot)
+        word = "certified" if slot.certified else "NOT certified (no certified one is there)"
+        self._say(f"back at step {slot.step}, from {slot.path}, {word}")
+        onset = anchor.get("onset_step") if slot.step == anchor.get("step") else None
+        last = anchor.get("frozen_at_step")
+        bad = (onset, last) if isinstance(onset, int) and isinstance(last, int) else ()
+        return Recovery(slot.step, slot.path, slot.certified, slot.run_id, onset, bad)
+
+    def announce(self, step: int) -> None:
+        """The training is at ``step`` again: what is newer is certified no more, and the log hears
+        of what is older.
+        """
+        self._last = step
+        self._since_ns = time.time_ns()
+        self._keep, self._frozen_step = frozenset(), -1
+        if not self._writes:
+            return
+        for slot in self._known:
+            if not slot.certified:
+                continue
+            if slot.step > step:
+                self._slots.uncertify(slot)
+            else:
+                self._saved.append(self._event(slot))
+        self._known = self._slots.all()
+        self._tell_saved()
+
+    def finish(self, timeout_s: float) -> None:
+        """Saves no more; lets a write under way end within ``timeout_s``, and tells the log."""
+        self._state = "off"
+        if self._thread is not None:
+            done = threading.Event()
+            self._jobs.put(done.set)
+            done.wait(timeout_s)
+        self._tell_saved()
+
+    def close(self, timeout_s: float) -> None:
+        """Ends within ``timeout_s``; a checkpoint that is not whole by then is dropped."""
+        thread = self._thread
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join(timeout_s)
+            if thread.is_alive():
+                self._faults.count("a checkpoint was not written before the exit")
+                return  # it holds the folder for as long as it lives
+        self._slots.close()
+
+    def abandon(self) -> None:
+        """In a forked child: the folder is the parent's."""
+        self._state = "off"
+        self._thread = None
+        self._slots.close()
+
+    def _is_due(self, step: int, calm: bool) -> bool:
+        if self._is_sharded:
+            return step > 0 and step % (self._every or _SHARDED_STEPS) == 0
+        if not calm:
+            return False
+        if self._last is None:
+            return True
+        least = self._every
+        if not least and self._step_s > 0.0:
+            cost = max(self._take_s / _SNAPSHOT_SHARE, self._write_s / _WRITE_SHARE)
+            least = max(_WINDOW, math.ceil(cost / self._step_s))
+        return step - self._last >= least
+
+    def _save(self, step: int) -> None:
+        if self._next_slot() is None:
+            return
+        begun = time.perf_counter()
+        if not self._snapshot.take(step):  # the optimizer has state now, or a layer was added
+            self._state = "new"
+            return
+        self._take_s = time.perf_counter() - begun
+        self._last = step
+        self._do("writing", lambda: self._write(step))
+
+    def _next_slot(self) -> Optional[int]:
+        """None where every slot is needed: one that waits for the engine's word is."""
+        waiting = [
+            slot.number
+            for slot in self._known
+            if not slot.certified
+            and slot.time_ns >= self._since_ns
+            and slot.step + _WINDOW >= self._judged
+        ]
+        return choose(self._known, self._keep.union(waiting))
+
+    def _find(self, step: int) -> Optional[Slot]:
+        found = [slot for slot in self._slots.all() if slot.step == step and slot.certified]
+        return found[-1] if found else None
+
+    def _load(self, slot: Slot) -> None:
+        wrong = self._slots.verify(slot)
+        if wrong is not None:
+            raise ValueError(wrong)
+        model, optimizer, scheduler, _ = self._training
+        restore(slot.path, model, optimizer, scheduler)
+        self._known = self._slots.all()
+
+    def _anchor(self) -> Mapping[str, Any]:
+        try:
+            return read_json(self._slots.folder / ANCHOR)
+        except (OSError, ValueError):  # none yet, or somebody edited it
+            return {}
+
+    def _tell_saved(self) -> None:
+        while self._saved:
+            data = self._saved.popleft()
+            self._writer.control("checkpoint_saved", step=data["step"], rank=self._rank, data=data)
+
+    def _do(self, state: Optional[str], job: _Job) -> None:
+        if state is not None:
+            self._state = state
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="argus-checkpoints", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _settle(self) -> None:
+        """Waits until nothing is under way."""
+        if self._thread is None:
+            return
+        done = threading.Event()
+        self._jobs.put(done.set)
+        if not done.wait(_WAIT_S):
+            raise RuntimeError(f"a checkpoint is still being written after {_WAIT_S:.0f} s")
+
+    # From here on: the ring's own thread.
+
+    def _run(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            try:
+                job()
+            except OSError as error:
+                cause = f"a checkpoint could not be kept: {error.strerror}"
+                if cause not in self._faults.counts:
+                    self._say(f"a checkpoint could not be kept in {self._slots.folder}: {error}")
+                self._faults.count(cause)
+            except Exception as error:  # noqa: BLE001 - our own fault: counted, and training goes on
+                self._faults.count("a checkpoint could not be kept", error)
+
+    def _prepare(self) -> None:
+        state = "off"
+        try:
+            problem = self._snapshot.prepare()
+            if problem is None:
+                state = "ready"
+            else:
+                self._say(f"no checkpoints are kept: {problem}")
+            if self._snapshot.left_out and self._last is None:
+                names = ", ".join(self._snapshot.left_out[:3])
+                self._say(f"not kept in checkpoints: {names} ({len(self._snapshot.left_out)})")
+        finally:
+            if self._state == "preparing":
+                self._state = state
+
+    def _write(self, step: int) -> None:
+        number = self._next_slot()  # now: one may have been certified since
+        begun = time.monotonic()
+        try:
+            if number is None:
+                return
+            self._snapshot.wait()
+            draft = self._slots.draft()
+            try:
+                digests = {
+                    name: write_tensor_file(draft / name, header, data)
+                    for name, header, data in self._snapshot.files()
+                }
+                rest = self._snapshot.rest()
+                digests[REST_FILE] = write_tensor_file(draft / REST_FILE, rest, memoryview(b""))
+                save_beside(draft, self._training[0], self._training[3], self._faults)
+                about = {**self._about, "step": step, "time_ns": time.time_ns()}
+                slot = self._slots.publish(draft, number, digests, about)
+            except BaseException:
+                self._slots.discard(draft)
+                raise
+        finally:
+            self._known = self._slots.all()
+            self._snapshot.release()
+            if self._state == "writing":
+                self._state = "ready"
+        first = self._write_s == 0.0
+        self._write_s = time.monotonic() - begun
+        self._saved.append(self._event(slot))
+        if first:
+            self._say(
+                f"checkpoints in {self._slots.folder}: three slots of {slot.size_bytes / 1e6:.4g} "
+                f"MB, the first of step {step}"
+            )
+
+    def _certify(self, action: Action) -> None:
+        step = int(action.parameters["checkpoint_step"])
+        slot = self._slots.certify(step, {"step": step, "certified_at_step": action.step})
+        self._known = self._slots.all()
+        if slot is None or step <= self._frozen_step:
+            return
+        self._keep, self._frozen_step = frozenset(), -1
+        write_json(self._slots.folder / ANCHOR, self._point(slot))
+
+    def _freeze(self, action: Action, step: int) -> None:
+        found = self._find(step)
+        if found is None:
+            return
+        fault = {
+            "onset_step": action.parameters["onset_step"],
+            "frozen_at_step": action.step,
+            "verdicts": list(action.verdict_ids),
+            "reason": action.reason,
+        }
+        write_json(self._slots.folder / ANCHOR, {**self._point(found), **fault})
+
+    def _point(self, slot: Slot) -> Dict[str, Any]:
+        return {
+            "step": slot.step,
+            "path": str(slot.path),
+            "run_id": slot.run_id,
+            "checksum": slot.checksum,
+            **_NO_FAULT,
+        }
+
+    def _event(self, slot: Slot) -> Dict[str, Any]:
+        return {
+            "step": slot.step,
+            "slot": slot.number,
+            "part": self._about["part"],
+            "parts": self._about["parts"],
+            "certified": slot.certified,
+            "size_bytes": slot.size_bytes,
+        }

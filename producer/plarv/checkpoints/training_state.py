@@ -1,0 +1,170 @@
+"""Puts a checkpoint back into a model, its optimizer and scheduler, or leaves all as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from plarv.checkpoints.contents import join, model_tensors, set_rng_state, split
+from plarv.checkpoints.snapshot import MODEL_FILE, OPTIMIZER_FILE, REST_FILE
+from plarv.checkpoints.tensor_file import read_tensors
+from plarv.discovery import unwrap
+from plarv.tensors import loaded_torch, local_part
+
+__all__ = ["reset_optimizer", "restore"]
+
+
+def restore(folder: Path, model: Any, optimizer: Any = None, scheduler: Any = None) -> int:
+    """The step whose state everything has now.
+
+    Weights, optimizer state, learning rates, schedule and random numbers; gradients become zero.
+    All is checked before anything is changed: ValueError says what does not fit.
+    """
+    torch: Any = loaded_torch()
+    rest: Dict[str, Any] = _load(folder / REST_FILE, torch)
+    saved = read_tensors(folder / MODEL_FILE, torch)
+    states = read_tensors(folder / OPTIMIZER_FILE, torch)
+    current, _ = model_tensors(model, [])
+    _check(current, saved, folder)
+    try:
+        packed, schedule, extra = (
+            join(rest.get(name), states) for name in ("optimizer", "scheduler", "extra")
+        )
+        step, random_state = int(rest["step"]), rest["rng"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} lacks a part of the training's state: {error}") from error
+    if optimizer is not None and packed is not None:
+        _check_groups(optimizer, packed, folder)
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(saved[name])
+    _set_extra(model, extra or {})
+    if optimizer is not None and packed is not None:
+        _restore_optimizer(optimizer, packed)
+    if scheduler is not None and schedule is not None:
+        scheduler.load_state_dict(schedule)
+    set_rng_state(random_state)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.detach()
+            local_part(parameter.grad).zero_()
+    return step
+
+
+def reset_optimizer(optimizer: Any) -> int:
+    """Back to its state before the first step; the number of parameters that had some.
+
+    torch's optimizers make their state anew at the next step where there is none. Adagrad alone
+    makes it when it is constructed: there the sums get their first values back.
+    """
+    torch: Any = loaded_torch()
+    had = len([state for state in optimizer.state.values() if state])
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        optimizer.state.clear()
+        return had
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: Dict[str, Any] = optimizer.state[parameter]
+            local_part(state["sum"]).fill_(group["initial_accumulator_value"])
+            if isinstance(state["step"], torch.Tensor):
+                state["step"].zero_()
+            else:
+                state["step"] = 0
+    return had
+
+
+def _load(path: Path, torch: Any) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a pickle of another kind, or a damaged one
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _check(current: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
+    missing = [name for name in current if name not in saved]
+    if missing:
+        raise ValueError(f"{folder} has no {_some(missing)}: it is of another model")
+    unknown = [name for name in saved if name not in current]
+    if unknown:
+        raise ValueError(f"{folder} has {_some(unknown)}, which this model has not")
+    for name, tensor in current.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(saved[name].shape)}, "
+                f"and {tuple(tensor.shape)} in this model"
+            )
+
+
+def _check_groups(optimizer: Any, packed: Mapping[str, Any], folder: Path) -> None:
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved = [len(group["params"]) for group in packed["param_groups"]]
+    if sizes != saved:
+        raise ValueError(
+            f"{folder}: the optimizer has groups of {saved} parameters, and of {sizes} here"
+        )
+
+
+def _some(names: List[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _restore_optimizer(optimizer: Any, packed: Mapping[str, Any]) -> None:
+    """In place where the state has the same layout (whatever holds its tensors keeps them), else
+    as ``load_state_dict()`` does it.
+    """
+    torch: Any = loaded_torch()
+    now: Dict[str, Any] = {}
+    then: Dict[str, Any] = {}
+    plain = split(optimizer.state_dict(), "", now, [])
+    wanted = split(packed, "", then, [])
+    same = list(now) == list(then) and all(now[name].shape == then[name].shape for name in now)
+    if not same or _values(plain) != _values(wanted):
+        optimizer.load_state_dict(_as_sharded(optimizer, packed))
+        return
+    with torch.no_grad():
+        for name, tensor in now.items():
+            tensor.copy_(then[name])
+    for group, saved in zip(optimizer.param_groups, packed["param_groups"]):
+        for name, value in saved.items():
+            if name != "params" and not isinstance(value, torch.Tensor):
+                group[name] = value
+
+
+def _values(plain: Mapping[str, Any]) -> Any:
+    """What is no tensor in the per-parameter state: a step counted in Python, for one."""
+    return plain.get("state")
+
+
+def _as_sharded(optimizer: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parts of sharded parameters' state as what the optimizer keeps of them."""
+    parameters: List[Any] = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(hasattr(parameter, "_local_tensor") for parameter in parameters):
+        return packed
+    states: Dict[Any, Any] = {}
+    for number, state in packed["state"].items():
+        parameter = parameters[number]
+        part: Any = local_part(parameter)
+        shards: Any = parameter.data
+        sharded: Any = shards.__class__
+        states[number] = {
+            name: sharded.from_local(
+                value.to(part.device), parameter.device_mesh, parameter.placements, run_check=False
+            )
+            if part is not parameter and getattr(value, "shape", None) == part.shape
+            else value
+            for name, value in state.items()
+        }
+    return {**packed, "state": states}
+
+
+def _set_extra(model: Any, extra: Mapping[str, Any]) -> None:
+    """``set_extra_state()`` of the modules that had some."""
+    inner: Any = unwrap(model)
+    modules: Dict[str, Any] = dict(inner.named_modules()) if extra else {}
+    for name, value in extra.items():
+        module: Any = modules.get(name[: -len("_extra_state")].rstrip("."))
+        if module is not None:
+            module.set_extra_state(value)
