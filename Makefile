@@ -61,6 +61,7 @@ bench: $(for_dev)
 	$(python) benchmarks/throughput.py --kafka
 	$(python) benchmarks/latency.py
 	$(python) benchmarks/store.py
+	$(python) benchmarks/checkpoints.py
 	$(python) benchmarks/forensics.py
 	$(python) benchmarks/adqi.py
 	$(python) benchmarks/first_cause.py --seeds 8

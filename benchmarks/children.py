@@ -20,6 +20,7 @@ __all__ = ["Child", "Package", "clean_environment", "our_package"]
 _SOURCES = tuple(str(ROOT / name) for name in ("producer", "schemas", "processors", "sinks"))
 _HERE = Path(__file__).resolve().parent
 _END_S = 20.0
+_WITH_TORCH = ("training", "local")
 
 # For glibc: gradients that come and go must not go back to the system, or a step takes a third
 # longer or not, as the heap happens to lie.
@@ -49,7 +50,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=self._folder,
-                env={**package.environment, **(_STEADY_HEAP if workload == "training" else {})},
+                env={**package.environment, **(_STEADY_HEAP if workload in _WITH_TORCH else {})},
                 text=True,
             )
 
@@ -120,7 +121,7 @@ def our_package() -> Package:
 
 
 def _torch_paths(package: Package, workload: str) -> List[str]:
-    return package.torch_paths if workload == "training" else []
+    return package.torch_paths if workload in _WITH_TORCH else []
 
 
 def clean_environment() -> Dict[str, str]:

@@ -1,218 +1,235 @@
 """Faults put into the training of four models: which the local detector names, and how soon.
 
-Each fault begins at step 60 of a run that warms up and decays; found means that the right check
-warns within 100 steps. Healthy runs of each model give the false alarms and the weights that must
-be equal bit by bit; the time is that of a GPT step (d=256, 6 layers, batch 16 x 128) on one thread,
-taken in turns with and without the detector.
+    python benchmarks/local_faults.py [--peer] [--json FILE] [--quick]
+
+Each fault begins in the middle of a run that warms up and decays. Found means that the right check
+warns within 100 steps and had been silent in the 20 before. Healthy runs of each model give the
+false alarms; the time is that of a GPT step (d=256, 6 layers, batch 16 x 128) on one thread, two
+equal models with and without the detector taking turns.
+The seeds of the first rows are held out: no threshold was ever chosen by a look at them. They draw
+weights, data, learning rate, layer, strength and onset of the fault.
+--peer measures the published SDK's LocalDetector in the same run, in an environment of its own.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, cast
+from contextlib import ExitStack
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
-import torch
+import peer
+from children import Child, our_package
+from local_injections import FAULTS
+from local_models import ARCHITECTURES
+from measure import (
+    Progress,
+    Row,
+    arguments,
+    at_least,
+    at_most,
+    finish,
+    information,
+    median,
+    middle_mean,
+    standard_error,
+)
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "producer"))
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "schemas"))
-
-from local_injections import FAULTS, Fault
-from local_models import ARCHITECTURES, Gpt, Trainee, trainee
-from measure import Progress, Row, arguments, at_least, at_most, finish, information, median
-from plarv.local import LocalDetector
-
-_ONSET = 60
-_WITHIN = 100
-_STEPS = 400  # of the schedule
-
-
-class Outcome(NamedTuple):
-    """One run with a fault."""
-
-    architecture: str
-    fault: str
-    check: str
-    latency: Optional[int]  # steps from the onset, 0: in its own step; None: not found
-    before: int  # steps before the onset with an alarm
+_TUNED = (1, 2, 3, 4)  # the thresholds were chosen on these
+_HELD_OUT = (101, 102, 103, 104)
+_AT_A_TIME = max(1, min(4, os.cpu_count() or 1))
+_ONSET, _ONSETS, _APART = 80, 4, 37  # apart by an odd number: every place in a rolling schedule
 
 
-def run_with(architecture: str, name: str, seed: int) -> Outcome:
-    """Trains up to the fault and on until it is named."""
-    fault = FAULTS[name]
-    learner = trainee(architecture, seed, _STEPS)
-    before = 0
-    with LocalDetector(learner.model, learner.optimizer) as detector:
-        for step in range(_ONSET + _WITHIN):
-            report = train(learner, detector, fault if step >= _ONSET else None, step == _ONSET)
-            if step < _ONSET:
-                before += report.any_warn
-            elif report.checks[fault.check].level != "ok":
-                return Outcome(architecture, name, fault.check, step - _ONSET, before)
-    return Outcome(architecture, name, fault.check, None, before)
+class Size(NamedTuple):
+    """How much is run."""
+
+    held_out: Tuple[int, ...]
+    tuned: Tuple[int, ...]
+    healthy_steps: int  # of a run
+    equal_steps: int
+    cycles: int  # of four pairs of timed steps
 
 
-def train(
-    learner: Trainee, detector: Optional[LocalDetector], fault: Optional[Fault], onset: bool
-) -> Any:
-    """One step; the report, where there is a detector."""
-    if fault is not None and onset and fault.once is not None:
-        fault.once(learner)
-    given, wanted = learner.batch()
-    if fault is not None and fault.wanted is not None:
-        wanted = fault.wanted(wanted)
-    loss: Any = learner.loss(given, wanted)
-    if fault is not None and fault.loss is not None:
-        loss = cast(Any, fault.loss(loss))
-    loss.backward()
-    if fault is not None and fault.after_backward is not None:
-        fault.after_backward(learner)
-    report = detector.step(loss=loss.item()) if detector is not None else None
-    learner.optimizer.step()
-    if fault is not None and fault.after_step is not None:
-        fault.after_step(learner)
-    learner.scheduler.step()
-    learner.optimizer.zero_grad()
-    return report
+_FULL = Size(_HELD_OUT, _TUNED, 600, 200, 24)
+_QUICK = Size(_HELD_OUT[:1], (), 400, 50, 5)
 
 
-def false_alarms(architecture: str, seed: int, steps: int) -> Dict[str, int]:
-    """Steps with an alarm in a healthy run, by check."""
-    learner = trainee(architecture, seed, steps)
-    alarms: Dict[str, int] = {}
-    with LocalDetector(learner.model, learner.optimizer) as detector:
-        for _ in range(steps):
-            report = train(learner, detector, None, False)
-            for key, check in report.checks.items():
-                if check.level != "ok":
-                    alarms[key] = alarms.get(key, 0) + 1
-            alarms["any"] = alarms.get("any", 0) + report.any_warn
-    return alarms
+class Found(NamedTuple):
+    """What one package's detector did in the runs of one set of seeds."""
+
+    outcomes: List[Mapping[str, Any]]  # of faults, with their architecture and seed
+    alarms: Dict[str, Dict[str, int]]  # of healthy runs: by architecture, by check
+    healthy_steps: int  # of each architecture
 
 
-def are_equal(architecture: str, steps: int) -> bool:
-    """Whether all weights after ``steps`` are the same bits with and without the detector."""
-    bits: List[List[bytes]] = []
-    for watched in (False, True):
-        learner = trainee(architecture, 0, steps)
-        detector = LocalDetector(learner.model, learner.optimizer) if watched else None
-        if detector is not None:
-            detector.attach()
-        for _ in range(steps):
-            train(learner, detector, None, False)
-        bits.append([each.detach().numpy().tobytes() for each in learner.model.parameters()])
-    return bits[0] == bits[1]
+def rows(children: Sequence[Child], size: Size) -> Iterator[Row]:
+    """The table: ours, then the peer's where it is there."""
+    for what, seeds in (("held-out seeds", size.held_out), ("the seeds of tuning", size.tuned)):
+        if not seeds:
+            continue
+        outcomes = _faults(children, seeds)
+        alarms = _healthy(children, seeds, size.healthy_steps)
+        steps = size.healthy_steps * len(seeds)
+        for place, child in enumerate(children):
+            found = Found(outcomes[place], alarms[place], steps)
+            yield from _found_rows(child.package.name, what, found, is_ours=place == 0)
+    yield _equal_row(children[0], size)
+    for place, child in enumerate(children):
+        yield _time_row(child, size.cycles, is_ours=place == 0)
 
 
-def step_times(pairs: int) -> List[float]:
-    """The detector's share of a GPT step, one value a block of four steps with and without."""
-    everything: Any = torch
-    everything.manual_seed(0)
-    model = Gpt(fused=True, width=256, layers=6, heads=4, length=128)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), 3e-4)
-    tokens = torch.randint(0, 48, (16, 129))
-    detector = LocalDetector(model, optimizer)
-
-    def block(watched: bool) -> float:
-        started = time.perf_counter()
-        for _ in range(4):  # each layer is looked at once in four steps
-            logits = model(tokens[:, :-1])
-            wanted = tokens[:, 1:].flatten()
-            loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
-            loss.backward()
-            if watched:
-                detector.step(loss=loss.item())
-            else:
-                loss.item()
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - started
-
-    shares: List[float] = []
-    block(False)
-    for _ in range(pairs):
-        plain = block(False)
-        detector.attach()
-        watched = block(True)
-        detector.detach()
-        shares.append((watched - (plain + block(False)) / 2.0) / plain)
-    return shares
+def _faults(children: Sequence[Child], seeds: Sequence[int]) -> List[List[Mapping[str, Any]]]:
+    """Each child's outcomes: all faults, architectures and seeds."""
+    found: List[List[Mapping[str, Any]]] = [[] for _ in children]
+    places = [(architecture, seed) for architecture in ARCHITECTURES for seed in seeds]
+    progress = Progress("faults", len(places) * len(FAULTS) * len(children))
+    for architecture, seed in places:
+        names = [name for name, fault in FAULTS.items() if architecture.startswith(fault.only)]
+        for child, outcomes in zip(children, found):
+            onset = _ONSET + _APART * (seed % _ONSETS)
+            child.ask("warm", architecture=architecture, seed=seed, steps=onset)
+            for start in range(0, len(names), _AT_A_TIME):
+                some = names[start : start + _AT_A_TIME]
+                for outcome in child.ask("inject", names=some):
+                    outcomes.append({"architecture": architecture, "seed": seed, **outcome})
+                progress.add(len(some))
+    progress.close()
+    return found
 
 
-def rows(*, quick: bool) -> Iterator[Row]:
-    """The table."""
-    outcomes: List[Outcome] = []
-    seeds = (1,) if quick else (1, 2)
-    names = [
-        (architecture, name, seed)
-        for architecture in ARCHITECTURES
-        for name, fault in FAULTS.items()
-        for seed in seeds
-        if architecture.startswith(fault.only)
+def _healthy(
+    children: Sequence[Child], seeds: Sequence[int], steps: int
+) -> List[Dict[str, Dict[str, int]]]:
+    """Each child's steps with an alarm, by architecture and check."""
+    found: List[Dict[str, Dict[str, int]]] = [{} for _ in children]
+    progress = Progress("healthy runs", len(ARCHITECTURES) * len(seeds))
+    for architecture in ARCHITECTURES:
+        for seed in seeds:
+            for child in children:
+                child.tell("healthy", architecture=architecture, seed=seed, steps=steps)
+            for child, alarms in zip(children, found):
+                of_model = alarms.setdefault(architecture, {})
+                for check, count in child.answer().items():
+                    of_model[check] = of_model.get(check, 0) + count
+            progress.add()
+    progress.close()
+    return found
+
+
+# -- the rows
+
+
+def _found_rows(name: str, what: str, found: Found, *, is_ours: bool) -> Iterator[Row]:
+    """The three figures, then a line an architecture and a line a check."""
+    judged = [each for each in found.outcomes if each["known"]]
+    named = [each for each in judged if each["latency"] is not None]
+    share = 100.0 * len(named) / len(judged)
+    text = f"{len(named)} of {len(judged)} ({share:.1f}%)"
+    if len(judged) < len(found.outcomes):
+        text += f"; {len(found.outcomes) - len(judged)} have no check"
+    latency = median([float(each["latency"]) for each in named])
+    alarms = sum(each["any"] for each in found.alarms.values())
+    steps = found.healthy_steps * len(found.alarms)
+    rate = 1000.0 * alarms / steps
+    false = f"{alarms} of {steps:,}"
+    heads: List[Tuple[str, str, float, float, str]] = [
+        ("faults found by the right check", text, share, 95.0, "%"),
+        ("median latency", f"{latency:g} steps", latency, 5.0, "steps"),
+        ("false-alarm steps, healthy runs", false, rate, 1.0, "in 1,000"),
     ]
-    progress = Progress("faults", len(names))
-    for architecture, name, seed in names:
-        outcomes.append(run_with(architecture, name, seed))
+    for place, (label, measured, value, limit, unit) in enumerate(heads):
+        more: Dict[str, Any] = {"package": name, "seeds": what}
+        if place == 0:
+            more["outcomes"] = found.outcomes
+        if not is_ours:
+            yield information(f"   {name}: {label}", measured, value=value, unit=unit, **more)
+        elif place == 0:
+            yield at_least(f"{label}, {what}", measured, value, limit, unit, **more)
+        else:
+            yield at_most(f"{label}, {what}", measured, value, limit, unit, **more)
+    for architecture in ARCHITECTURES:
+        of = [each for each in judged if each["architecture"] == architecture]
+        yield _detail(name, architecture, of, found.alarms[architecture]["any"], steps // 4)
+    for check in dict.fromkeys(fault.check for fault in FAULTS.values()):
+        of = [each for each in found.outcomes if each["check"] == check]
+        count = sum(each.get(check, 0) for each in found.alarms.values())
+        yield _detail(name, check, of, count, steps)
+
+
+def _detail(
+    name: str, what: str, outcomes: Sequence[Mapping[str, Any]], alarms: int, steps: int
+) -> Row:
+    """Found, latency, false alarms, and what was missed."""
+    named = [each for each in outcomes if each["latency"] is not None]
+    latency = median([float(each["latency"]) for each in named])
+    missed = [
+        f"{each['fault']} ({each['architecture']}, {each['seed']})"
+        for each in outcomes
+        if each["latency"] is None
+    ]
+    rate = 1000.0 * alarms / steps
+    text = f"{len(named)} of {len(outcomes)}, median {latency:g}, {rate:.2f} false in 1,000"
+    return information(
+        f"   {what}", text, package=name, found=len(named), of=len(outcomes), latency=latency,
+        false_alarms_in_1000=rate, missed=missed,
+    )  # fmt: skip
+
+
+def _equal_row(child: Child, size: Size) -> Row:
+    """Bits with and without the detector."""
+    equal = [
+        name
+        for name in ARCHITECTURES
+        if child.ask("equal", architecture=name, seed=size.held_out[0], steps=size.equal_steps)
+    ]
+    text = f"{size.equal_steps} steps: {', '.join(equal) or 'none'}"
+    return at_least("weights bitwise equal", text, len(equal), len(ARCHITECTURES), "models")
+
+
+def _time_row(child: Child, cycles: int, *, is_ours: bool) -> Row:
+    """What it adds to a step, by the CPU's clock: on one thread that is the wall's, undisturbed."""
+    found: Dict[str, List[float]] = {}
+    progress = Progress("time a step", cycles)
+    child.ask("begin_times")
+    for _ in range(cycles):
+        for key, value in child.ask("times").items():
+            found.setdefault(key, []).append(value)
         progress.add()
     progress.close()
-    yield from fault_rows(outcomes)
-    yield from healthy_rows(400 if quick else 1500, seeds=(7,) if quick else (7, 8))
-    equal = [name for name in ARCHITECTURES if are_equal(name, 50 if quick else 200)]
-    text = ", ".join(equal) or "none"
-    yield at_least("weights bitwise equal", text, len(equal), len(ARCHITECTURES), "models")
-    shares = step_times(3 if quick else 10)
-    share = 100.0 * median(shares)
-    yield at_most("time added to a GPT step", f"{share:.2f}%", share, 3.0, "%", shares=shares)
-
-
-def fault_rows(outcomes: List[Outcome]) -> Iterator[Row]:
-    """Found, how soon, and a line for each fault that was not found everywhere."""
-    found = [outcome for outcome in outcomes if outcome.latency is not None]
-    share = 100.0 * len(found) / len(outcomes)
-    text = f"{len(found)} of {len(outcomes)} ({share:.1f}%)"
-    yield at_least("faults found by the right check", text, share, 95.0, "%")
-    latency = median([float(each.latency) for each in found if each.latency is not None])
-    yield at_most("median latency", f"{latency:g} steps", latency, 5.0, "steps")
-    for name in FAULTS:
-        of = [outcome for outcome in outcomes if outcome.fault == name]
-        latencies = [outcome.latency for outcome in of]
-        texts = ["-" if each is None else str(each) for each in latencies]
-        where = dict.fromkeys(outcome.architecture for outcome in of)
-        yield information(
-            f"  {name} -> {of[0].check}",
-            f"latency {' '.join(texts)}",
-            latencies=latencies,
-            architectures=list(where),
-        )
-
-
-def healthy_rows(steps: int, seeds: Any) -> Iterator[Row]:
-    """False alarms of healthy runs."""
-    total: Dict[str, int] = {}
-    runs = [(architecture, seed) for architecture in ARCHITECTURES for seed in seeds]
-    progress = Progress("healthy runs", len(runs))
-    for architecture, seed in runs:
-        for key, count in false_alarms(architecture, seed, steps).items():
-            total[key] = total.get(key, 0) + count
-        progress.add()
-    progress.close()
-    count = total.pop("any", 0)
-    rate = 1000.0 * count / (steps * len(runs))
-    by_check = ", ".join(f"{key} {value}" for key, value in total.items())
-    text = f"{count} of {steps * len(runs):,}" + (f" ({by_check})" if by_check else "")
-    yield at_most("false-alarm steps, healthy runs", text, rate, 1.0, "in 1,000", by_check=total)
+    plain = middle_mean(found["plain_cpu_s"])
+    added = [a - b for a, b in zip(found["watched_cpu_s"], found["plain_cpu_s"])]
+    walls = [a - b for a, b in zip(found["watched_s"], found["plain_s"])]
+    share = 100.0 * middle_mean(added) / plain
+    wall = 100.0 * middle_mean(walls) / middle_mean(found["plain_s"])
+    error = 100.0 * standard_error(added) / plain
+    steps_ms = 250.0 * plain  # four steps
+    text = f"{share:.2f} +- {error:.2f}% of {steps_ms:,.0f} ms (wall clock {wall:.2f}%)"
+    if is_ours:
+        what = "time added to a GPT step"
+        return at_most(what, text, share, 3.0, "%", wall_share=wall, error=error, **found)
+    what = f"   {child.package.name}: time added to a GPT step"
+    return information(what, text, value=share, unit="%", wall_share=wall, error=error, **found)
 
 
 def main() -> None:
     """Runs it."""
-    options = arguments(__doc__, "local_faults").parse_args()
-    torch.set_num_threads(1)
+    parser = arguments(__doc__, "local_faults")
+    parser.add_argument("--peer", action="store_true", help="measure the published SDK too")
+    options = parser.parse_args()
     load = os.getloadavg()[0]
-    finish(
-        "local_faults", rows(quick=options.quick), options.json, quick=options.quick,
-        load_before=load,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        packages = [our_package()]
+        if options.peer:
+            try:
+                packages.append(peer.install(stack.enter_context(peer.Stub())))
+            except RuntimeError as error:
+                print(f"{peer.PEER} cannot be installed, so it is left out: {error}")
+        children = [stack.enter_context(Child(each, "local", "local_runs.py")) for each in packages]
+        size = _QUICK if options.quick else _FULL
+        finish(
+            "local_faults", rows(children, size), options.json,
+            quick=options.quick, load_before=load,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

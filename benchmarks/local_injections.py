@@ -68,7 +68,7 @@ def _scale_hidden(factor: float) -> Callable[[Trainee], None]:
 
 
 def _starve(trainee: Trainee) -> None:
-    for parameter in trainee.first.parameters():
+    for parameter in trainee.starved.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(1e-5)
 

@@ -13,6 +13,8 @@ __all__ = ["ARCHITECTURES", "Gpt", "Trainee", "trainee"]
 
 _CLASSES = 10
 _VOCABULARY = 48
+_SENTENCES = 12  # in a batch of the GPTs
+_RATES = (1.0, 2.0, 0.5)
 
 
 class Trainee(NamedTuple):
@@ -25,7 +27,7 @@ class Trainee(NamedTuple):
     before_activation: Any  # its bias moves what the activation gets
     hidden: Any  # a layer with weights whose output is activated
     after_activation: Any  # the layer that takes the activated values
-    first: Any
+    starved: Any  # a layer whose gradient can vanish
     query: List[Any]  # layers whose first third of outputs are queries
 
     def loss(self, given: torch.Tensor, wanted: torch.Tensor) -> Any:
@@ -101,7 +103,11 @@ class Gpt(nn.Module):
 
 
 def trainee(architecture: str, seed: int, steps: int) -> Trainee:
-    """A fresh one: AdamW, linear warm-up over a tenth of ``steps``, cosine decay to a tenth."""
+    """A fresh one: AdamW, linear warm-up over a tenth of ``steps``, cosine decay to a tenth.
+
+    ``seed`` draws the weights, the data, the learning rate (0.5, 1 or 2 times the usual one) and
+    the layers where faults are put.
+    """
     _seed(seed)
     return ARCHITECTURES[architecture](seed, steps)
 
@@ -118,7 +124,9 @@ def _mlp(seed: int, steps: int) -> Trainee:
         given = torch.randn(64, 32, generator=dice)
         return given, (given @ teacher).argmax(1)
 
-    return _ready(model, 2e-3, steps, batch, (model[2], model[2], model[4], model[0]), [])
+    at = 2 * (seed % 3)
+    places = (model[at], model[at], model[at + 2], model[2 if seed % 2 else 0])
+    return _ready(model, _rate(2e-3, seed), steps, batch, places, [])
 
 
 def _cnn(seed: int, steps: int) -> Trainee:
@@ -130,29 +138,33 @@ def _cnn(seed: int, steps: int) -> Trainee:
         wanted = torch.randint(0, _CLASSES, (32,), generator=dice)
         return patterns[wanted] + 1.5 * torch.randn(32, 3, 8, 8, generator=dice), wanted
 
-    middle, last = model.convolutions[1], model.convolutions[2]
-    places = (model.norms[1], middle, last, model.convolutions[0])
-    return _ready(model, 2e-3, steps, batch, places, [])
+    at = seed % 2
+    hidden, behind = model.convolutions[at], model.convolutions[at + 1]
+    places = (model.norms[at], hidden, behind, model.convolutions[seed // 2 % 2])
+    return _ready(model, _rate(2e-3, seed), steps, batch, places, [])
 
 
 def _gpt(seed: int, steps: int, *, fused: bool) -> Trainee:
-    model: Any = Gpt(fused=fused)
+    model: Any = Gpt(fused=fused, width=48)
     follows = torch.randint(0, _VOCABULARY, (_VOCABULARY, 3), generator=_dice(seed))
     dice = _dice(seed + 1)
 
     def batch() -> Tuple[torch.Tensor, torch.Tensor]:
-        tokens = [torch.randint(0, _VOCABULARY, (16,), generator=dice)]
+        tokens = [torch.randint(0, _VOCABULARY, (_SENTENCES,), generator=dice)]
         for _ in range(32):
-            which = torch.randint(0, 3, (16,), generator=dice)
+            which = torch.randint(0, 3, (_SENTENCES,), generator=dice)
             tokens.append(follows[tokens[-1], which])
         together = torch.stack(tokens, 1)
         return together[:, :-1], together[:, 1:]
 
-    block: Any = model.blocks[1]
-    first: Any = model.blocks[0]
-    places = (block.up, block.up, block.down, first.up)
+    block, starved = model.blocks[seed % 3], model.blocks[(seed + 1) % 3]
+    places = (block.up, block.up, block.down, starved.up)
     queries = [each.query_key_value for each in model.blocks]
-    return _ready(model, 1e-3, steps, batch, places, queries)
+    return _ready(model, _rate(1e-3, seed), steps, batch, places, queries)
+
+
+def _rate(usual: float, seed: int) -> float:
+    return usual * _RATES[seed % len(_RATES)]
 
 
 def _ready(
@@ -172,8 +184,7 @@ def _ready(
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    before, hidden, after, first = places
-    return Trainee(model, optimizer, scheduler, batch, before, hidden, after, first, queries)
+    return Trainee(model, optimizer, scheduler, batch, *places, queries)
 
 
 def _seed(seed: int) -> None:

@@ -79,7 +79,7 @@ class Load:
                 assert [repr(each) for each in kept] == [repr(each) for each in session], run_id
 
     def _run(self) -> None:
-        producer = open_producer(self._fleet.connection, delivery_timeout_ms=180_000)
+        producer = open_producer(self._fleet.connection, reach_s=60.0, delivery_timeout_ms=180_000)
         try:
             going: List[List[Message]] = []
             number = 0

@@ -16,6 +16,7 @@ import pytest
 import torch as _torch
 from tests.integration.law import live_records, replayed_records
 from tests.integration.live import LiveRun
+from tests.producer.processes import environment
 
 from plarv import Argus
 from plarv.checkpoints.slots import ANCHOR, Slots, read_json
@@ -280,7 +281,7 @@ def started_child(folder: Path, run_id: str) -> Generator[Any, None, None]:
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(folder), run_id],
         stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "ARGUS_CHECKPOINT_STEPS": "3"},
+        env=environment(ARGUS_CHECKPOINT_STEPS="3"),
     )  # fmt: skip
     try:
         yield child

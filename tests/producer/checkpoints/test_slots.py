@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import pytest
+from tests.producer.processes import environment
 
 from plarv.checkpoints.slots import Slot, Slots, choose, read_json, write_json
 from plarv.checkpoints.tensor_file import write_tensor_file
@@ -160,8 +161,9 @@ while True:
 def kill_and_look(folder: Path, after_s: float) -> Dict[str, int]:
     """Starts a writer, kills it, and checks what it left; the newest step it had certified."""
     child = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", _WRITER, str(folder)],
+        stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
     assert child.stdout is not None
     first = child.stdout.readline()
     time.sleep(after_s)
