@@ -1,7 +1,11 @@
-"""Faults that can be put into a training, each with the check that should name it."""
+"""Faults that can be put into a training, each with the check that should name it.
+
+How strong a fault is, is drawn by the run's seed within the limits that stand beside it.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -26,12 +30,19 @@ class Fault(NamedTuple):
     only: str = ""  # architectures whose name begins so
 
 
-def _input_of_next(change: Change) -> Act:
+def _between(trainee: Trainee, low: float, high: float) -> float:
+    """How strong the fault is in this run, even in the logarithm."""
+    return math.exp(trainee.chance.uniform(math.log(low), math.log(high)))
+
+
+def _input_of_next(change: Callable[[torch.Tensor, float], torch.Tensor], *limits: float) -> Act:
     """Changes what the layer behind an activation gets."""
 
     def act(trainee: Trainee) -> None:
+        strength = _between(trainee, *limits) if limits else 0.0
+
         def changed(_: Any, given: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-            return (change(given[0]), *given[1:])
+            return (change(given[0], strength), *given[1:])
 
         trainee.after_activation.register_forward_pre_hook(changed)
 
@@ -46,10 +57,19 @@ def _edit(change: Callable[[Trainee], None]) -> Act:
     return act
 
 
-def _masked(values: torch.Tensor) -> torch.Tensor:
+def _masked(values: torch.Tensor, part: float) -> torch.Tensor:
     keep = torch.ones(values.shape[1 if values.dim() == 4 else -1])
-    keep[: int(0.9 * len(keep))] = 0.0
+    keep[: int(part * len(keep))] = 0.0
     return values * (keep.view(-1, 1, 1) if values.dim() == 4 else keep)
+
+
+def _clamped(values: torch.Tensor, part: float) -> torch.Tensor:
+    limit = part * _size(values)
+    return torch.clamp(values, -limit, limit)
+
+
+def _saturated(values: torch.Tensor, gain: float) -> torch.Tensor:
+    return torch.tanh(gain * values / _size(values))
 
 
 def _size(values: torch.Tensor) -> torch.Tensor:
@@ -57,20 +77,25 @@ def _size(values: torch.Tensor) -> torch.Tensor:
 
 
 def _kill(trainee: Trainee) -> None:
-    trainee.before_activation.bias.fill_(-50.0)
+    bias = trainee.before_activation.bias
+    bias[: int(_between(trainee, 0.75, 1.0) * len(bias))] = -50.0
 
 
-def _scale_hidden(factor: float) -> Callable[[Trainee], None]:
+def _scale_hidden(low: float, high: float) -> Callable[[Trainee], None]:
     def change(trainee: Trainee) -> None:
-        trainee.hidden.weight.mul_(factor)
+        trainee.hidden.weight.mul_(_between(trainee, low, high))
 
     return change
 
 
-def _starve(trainee: Trainee) -> None:
-    for parameter in trainee.starved.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(1e-5)
+def _scale_gradient(low: float, high: float) -> Callable[[Trainee], None]:
+    def change(trainee: Trainee) -> None:
+        factor = _between(trainee, low, high)
+        for parameter in trainee.starved.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    return change
 
 
 def _state(key: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Trainee], None]:
@@ -80,9 +105,14 @@ def _state(key: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Trainee
     return act
 
 
+def _scale_momentum(trainee: Trainee) -> None:
+    state = trainee.optimizer.state[trainee.hidden.weight]
+    state["exp_avg"].mul_(_between(trainee, 1e2, 1e4))
+
+
 def _sharpen(trainee: Trainee) -> None:
-    layer: Any = trainee.query[1]
-    layer.weight[: layer.weight.shape[0] // 3].mul_(200.0)
+    layer: Any = trainee.query[0]
+    layer.weight[: layer.weight.shape[0] // 3].mul_(_between(trainee, 60.0, 600.0))
 
 
 def _look_at_first(trainee: Trainee) -> None:
@@ -94,22 +124,25 @@ def _look_at_first(trainee: Trainee) -> None:
         layer.weight[width : 2 * width].mul_(20.0)
 
 
-def _round(trainee: Trainee) -> None:
-    for parameter in trainee.model.parameters():
-        parameter.copy_(parameter.bfloat16().float())
-
-
-def _flip(bit: int) -> Callable[[Trainee], None]:
+def _round(kind: torch.dtype) -> Callable[[Trainee], None]:
     def change(trainee: Trainee) -> None:
-        weight: Any = trainee.hidden.weight
-        bits = weight.data.view(torch.int32).view(-1)
-        bits[bits.numel() // 3] ^= 1 << bit
+        for parameter in trainee.model.parameters():
+            parameter.copy_(parameter.to(kind).float())
 
     return change
 
 
-def _collapsed(values: torch.Tensor) -> torch.Tensor:
-    return values.mean(0, keepdim=True).expand_as(values)
+def _flip(first: int, last: int) -> Callable[[Trainee], None]:
+    def change(trainee: Trainee) -> None:
+        weight: Any = trainee.hidden.weight
+        bits = weight.data.view(torch.int32).view(-1)
+        bits[trainee.chance.randrange(bits.numel())] ^= 1 << trainee.chance.randint(first, last)
+
+    return change
+
+
+def _collapsed(values: torch.Tensor, noise: float) -> torch.Tensor:
+    return values.mean(0, keepdim=True) + noise * (values - values.mean(0, keepdim=True))
 
 
 def _next_class(labels: torch.Tensor) -> torch.Tensor:
@@ -121,22 +154,20 @@ def _not_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 FAULTS: Dict[str, Fault] = {
-    "dead units": Fault("activation_sparsity", once=_edit(_kill)),
-    "masked units": Fault("activation_sparsity", once=_input_of_next(_masked)),
-    "clamped activations": Fault(
-        "activation_saturation",
-        once=_input_of_next(lambda x: torch.clamp(x, -0.1 * _size(x), 0.1 * _size(x))),
+    "units dead": Fault("activation_sparsity", once=_edit(_kill)),
+    "units masked": Fault("activation_sparsity", once=_input_of_next(_masked, 0.75, 0.95)),
+    "activations clamped": Fault("activation_saturation", once=_input_of_next(_clamped, 0.03, 0.2)),
+    "activations saturated": Fault(
+        "activation_saturation", once=_input_of_next(_saturated, 20.0, 200.0)
     ),
-    "saturated activations": Fault(
-        "activation_saturation", once=_input_of_next(lambda x: torch.tanh(50.0 * x / _size(x)))
+    "layer detached": Fault("gradient_flow", once=_input_of_next(lambda x, _: x.detach())),
+    "gradient vanishes": Fault("gradient_flow", after_backward=_edit(_scale_gradient(1e-6, 1e-3))),
+    "gradient explodes": Fault("gradient_flow", after_backward=_edit(_scale_gradient(1e3, 1e6))),
+    "weights of a layer leap": Fault("weight_imbalance", once=_edit(_scale_hidden(4.0, 16.0))),
+    "weights of a layer grow": Fault(
+        "weight_imbalance", after_step=_edit(_scale_hidden(1.03, 1.08))
     ),
-    "detached layer": Fault("gradient_flow", once=_input_of_next(lambda x: x.detach())),
-    "vanishing gradient": Fault("gradient_flow", after_backward=_edit(_starve)),
-    "weights of a layer x 8": Fault("weight_imbalance", once=_edit(_scale_hidden(8.0))),
-    "weights grow 5% a step": Fault("weight_imbalance", after_step=_edit(_scale_hidden(1.05))),
-    "momentum x 1,000": Fault(
-        "optimizer_health", once=_edit(_state("exp_avg", lambda x: x.mul_(1e3)))
-    ),
+    "momentum multiplied": Fault("optimizer_health", once=_edit(_scale_momentum)),
     "momentum not finite": Fault(
         "optimizer_health", once=_edit(_state("exp_avg", lambda x: x.fill_(float("nan"))))
     ),
@@ -149,12 +180,19 @@ FAULTS: Dict[str, Fault] = {
     "step counter reset": Fault(
         "optimizer_health", once=_edit(_state("step", lambda x: x.zero_()))
     ),
-    "queries x 200": Fault("attention_collapse", once=_edit(_sharpen), only="gpt"),
+    "queries multiplied": Fault("attention_collapse", once=_edit(_sharpen), only="gpt"),
     "one token attended": Fault("attention_collapse", once=_edit(_look_at_first), only="gpt"),
     "labels permuted": Fault("loss_spike", wanted=_next_class),
     "loss not finite": Fault("loss_spike", loss=_not_finite),
-    "collapsed outputs": Fault("representation_collapse", once=_input_of_next(_collapsed)),
-    "weights rounded to bfloat16": Fault("precision_erosion", after_step=_edit(_round)),
-    "exponent bit flipped": Fault("hardware_integrity", once=_edit(_flip(29))),
-    "mantissa bit flipped": Fault("hardware_integrity", once=_edit(_flip(3))),
+    "outputs collapsed": Fault(
+        "representation_collapse", once=_input_of_next(_collapsed, 1e-4, 0.03)
+    ),
+    "weights rounded to bfloat16": Fault(
+        "precision_erosion", after_step=_edit(_round(torch.bfloat16))
+    ),
+    "weights rounded to float16": Fault(
+        "precision_erosion", after_step=_edit(_round(torch.float16))
+    ),
+    "exponent bit flipped": Fault("hardware_integrity", once=_edit(_flip(23, 29))),
+    "mantissa bit flipped": Fault("hardware_integrity", once=_edit(_flip(0, 22))),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
@@ -29,6 +30,7 @@ class Trainee(NamedTuple):
     after_activation: Any  # the layer that takes the activated values
     starved: Any  # a layer whose gradient can vanish
     query: List[Any]  # layers whose first third of outputs are queries
+    chance: random.Random  # how strong a fault is
 
     def loss(self, given: torch.Tensor, wanted: torch.Tensor) -> Any:
         """Cross entropy, over all tokens where there are tokens."""
@@ -126,7 +128,7 @@ def _mlp(seed: int, steps: int) -> Trainee:
 
     at = 2 * (seed % 3)
     places = (model[at], model[at], model[at + 2], model[2 if seed % 2 else 0])
-    return _ready(model, _rate(2e-3, seed), steps, batch, places, [])
+    return _ready(model, (2e-3, seed), steps, batch, places, [])
 
 
 def _cnn(seed: int, steps: int) -> Trainee:
@@ -141,7 +143,7 @@ def _cnn(seed: int, steps: int) -> Trainee:
     at = seed % 2
     hidden, behind = model.convolutions[at], model.convolutions[at + 1]
     places = (model.norms[at], hidden, behind, model.convolutions[seed // 2 % 2])
-    return _ready(model, _rate(2e-3, seed), steps, batch, places, [])
+    return _ready(model, (2e-3, seed), steps, batch, places, [])
 
 
 def _gpt(seed: int, steps: int, *, fused: bool) -> Trainee:
@@ -159,22 +161,21 @@ def _gpt(seed: int, steps: int, *, fused: bool) -> Trainee:
 
     block, starved = model.blocks[seed % 3], model.blocks[(seed + 1) % 3]
     places = (block.up, block.up, block.down, starved.up)
-    queries = [each.query_key_value for each in model.blocks]
-    return _ready(model, _rate(1e-3, seed), steps, batch, places, queries)
-
-
-def _rate(usual: float, seed: int) -> float:
-    return usual * _RATES[seed % len(_RATES)]
+    order = [(seed + each) % 3 for each in range(3)]
+    queries = [model.blocks[each].query_key_value for each in order]
+    return _ready(model, (1e-3, seed), steps, batch, places, queries)
 
 
 def _ready(
     model: nn.Module,
-    rate: float,
+    rate_and_seed: Tuple[float, int],
     steps: int,
     batch: Callable[[], Tuple[torch.Tensor, torch.Tensor]],
     places: Tuple[Any, Any, Any, Any],
     queries: List[Any],
 ) -> Trainee:
+    usual_rate, seed = rate_and_seed
+    rate = usual_rate * _RATES[seed % len(_RATES)]
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     warm = max(1, steps // 10)
 
@@ -184,7 +185,7 @@ def _ready(
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return Trainee(model, optimizer, scheduler, batch, *places, queries)
+    return Trainee(model, optimizer, scheduler, batch, *places, queries, random.Random(seed))
 
 
 def _seed(seed: int) -> None:

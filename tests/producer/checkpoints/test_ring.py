@@ -63,7 +63,7 @@ class Training:
 
     def until(self, done: Callable[[], bool]) -> None:
         """Trains on until the condition holds."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not done():
             assert time.monotonic() < end
             self.step()
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_nothing_else(
 
 
 _CHILD = """
-import sys, torch
+import sys, time, torch
 from plarv import Argus
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -272,6 +272,7 @@ while True:
     loss = ((model(x) - x) ** 2).mean()
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     argus.step(loss)
+    time.sleep(0.005)
 """
 
 
@@ -296,11 +297,11 @@ def test_a_training_that_is_killed_at_any_time_leaves_checkpoints_that_can_be_go
     tmp_path: Path,
 ) -> None:
     slots = Slots(tmp_path / "ring")
-    for number in range(4):
+    for number in range(3):
         run_id = f"run-{number}"
         with started_child(tmp_path / "ring", run_id) as child:
             assert child.stdout.readline().strip() == ("back" if number else "new")
-            end = time.monotonic() + 60
+            end = time.monotonic() + 180
             while not any(slot.certified and slot.run_id == run_id for slot in slots.all()):
                 assert time.monotonic() < end
                 time.sleep(0.01)
