@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 from measure import Progress, Row, arguments, at_most, finish, information, median
-from plarv.checkpoints.snapshot import REST_FILE, Snapshot
-from plarv.checkpoints.tensor_file import write_tensor_file
+from plarv.checkpoints.ring import give_way
+from plarv.checkpoints.snapshot import Snapshot
 from plarv.checkpoints.training_state import restore
 
 _ROUNDS = 15
 _WRITES = 6
-_NICE = 19  # as in the ring
 
 
 def main() -> None:
@@ -109,16 +109,11 @@ def _write_row(name: str, snapshot: Snapshot, model: Any, optimizer: Any, folder
 
 
 def _steps_beside(model: Any, optimizer: Any, snapshot: Snapshot, folder: Path) -> List[float]:
-    import threading
-
     def write() -> None:
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        give_way()
         for path in folder.iterdir():
             path.unlink()
-        for name, header, data in snapshot.files():
-            write_tensor_file(folder / name, header, data)
-        write_tensor_file(folder / REST_FILE, snapshot.rest(), memoryview(b""))
+        snapshot.write(folder)
         snapshot.release()
 
     thread = threading.Thread(target=write)

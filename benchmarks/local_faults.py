@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 import peer
-from children import Child, our_package
+from children import Child
 from local_injections import FAULTS
 from local_models import ARCHITECTURES
 from measure import (
@@ -218,12 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with ExitStack() as stack:
-        packages = [our_package()]
-        if options.peer:
-            try:
-                packages.append(peer.install(stack.enter_context(peer.Stub())))
-            except RuntimeError as error:
-                print(f"{peer.PEER} cannot be installed, so it is left out: {error}")
+        packages = peer.packages(stack, with_peer=options.peer)
         children = [stack.enter_context(Child(each, "local", "local_runs.py")) for each in packages]
         size = _QUICK if options.quick else _FULL
         finish(

@@ -59,12 +59,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     scale = 0.1 if options.quick else 1.0
     with ExitStack() as stack:
-        packages = [our_package()]
-        if options.peer:
-            try:
-                packages.append(peer.install(stack.enter_context(peer.Stub())))
-            except RuntimeError as error:
-                print(f"{peer.PEER} cannot be installed, so it is left out: {error}")
+        packages = peer.packages(stack, with_peer=options.peer)
         rows = chain(
             paused_steps(packages, int(10_000 * scale)),
             tight_steps(packages, int(40_000 * scale)),

@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import List, Optional, Type
 
-from children import Package, clean_environment
+from children import Package, clean_environment, our_package
 
-__all__ = ["PEER", "Stub", "install"]
+__all__ = ["PEER", "Stub", "install", "packages"]
 
 PEER = "plarv-argus-sdk==1.1.2"
 _NEEDED = (PEER, "numpy")  # it declares no dependency, and imports numpy
@@ -126,3 +127,14 @@ def _torch_paths() -> List[str]:
     """Where torch lies here. It comes last, so that this environment's own plarv is not found."""
     found = importlib.util.find_spec("torch")
     return [str(Path(found.origin).parents[1])] if found and found.origin else []
+
+
+def packages(stack: ExitStack, *, with_peer: bool) -> List[Package]:
+    """This checkout, and the published SDK where it is asked for and can be installed."""
+    found = [our_package()]
+    if with_peer:
+        try:
+            found.append(install(stack.enter_context(Stub())))
+        except RuntimeError as error:
+            print(f"{PEER} cannot be installed, so it is left out: {error}")
+    return found

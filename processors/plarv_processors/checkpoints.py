@@ -62,13 +62,9 @@ class Checkpoints:
         for kept in (self._waiting, self._certified):  # what lay there is gone
             kept[:] = [found for found in kept if found[1] != slot and found[0] != step]
         if data.get("certified") is True:
-            self._certified.append([step, slot])
-            self._certified.sort()
-            del self._certified[:-_MAX_KEPT]
+            _add(self._certified, [step, slot])
         elif calm:
-            self._waiting.append([step, slot])
-            self._waiting.sort()
-            del self._waiting[:-_MAX_KEPT]
+            _add(self._waiting, [step, slot])
         self._look_ahead(window)
 
     def certify(self, step: int, window: int) -> Optional[Checkpoint]:
@@ -76,9 +72,7 @@ class Checkpoints:
         if step < self.due or not self._waiting:
             return None
         found = self._waiting.pop(0)
-        self._certified.append(found)
-        self._certified.sort()
-        del self._certified[:-_MAX_KEPT]
+        _add(self._certified, found)
         self._frozen_at = -1  # the run has got past what it was frozen for
         self._look_ahead(window)
         return Checkpoint(found[0], found[1])
@@ -128,3 +122,10 @@ class Checkpoints:
 
     def _look_ahead(self, window: int) -> None:
         self.due = self._waiting[0][0] + window if self._waiting else _NEVER
+
+
+def _add(kept: List[List[int]], found: List[int]) -> None:
+    """In its place by step; the newest are kept."""
+    kept.append(found)
+    kept.sort()
+    del kept[:-_MAX_KEPT]

@@ -208,8 +208,7 @@ class Argus:
         if session is None:
             return None
         found = session.recover(step)
-        if session.resume_at is not None:
-            self._next_step, session.resume_at = session.resume_at, None
+        self._go_on_behind(session)
         return found
 
     @property
@@ -269,8 +268,7 @@ class Argus:
             if session.late == 1:
                 lifecycle.watch(self)  # to say at the exit how many
             session.intervene(number)
-            if session.resume_at is not None:
-                self._next_step, session.resume_at = session.resume_at, None
+            self._go_on_behind(session)
         except ArgusIntervention:
             raise
         except Exception as error:  # the one place where our errors end
@@ -281,6 +279,11 @@ class Argus:
             session.writer.settle()
             raise
         return self._decision
+
+    def _go_on_behind(self, session: Session) -> None:
+        """Counts on from the checkpoint that the training went back to, if it did."""
+        if session.resume_at is not None:
+            self._next_step, session.resume_at = session.resume_at, None
 
     def _hear(self, decision: Decision) -> None:
         """The transport's thread has a newer decision."""

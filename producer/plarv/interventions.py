@@ -133,17 +133,27 @@ class Interventions:
             self._tell("action_dropped", action, step, {"why": "no store to agree by"})
         elif step > action.parameters["apply_step"]:
             self._tell("action_dropped", action, step, {"why": "it came too late"})
-        elif self._why_not(action):
-            self._tell("action_refused", action, step, {"why": self._why_not(action)})
-        else:
+        elif not self._refused(action, step):
             agreement.announce(action)
             return True
         return False
 
+    def _refused(self, action: Action, step: int) -> bool:
+        """Whether it cannot be carried out here; that is told then."""
+        why = self._why_not(action)
+        if why is not None:
+            self._tell("action_refused", action, step, {"why": why})
+        return why is not None
+
     def _why_not(self, action: Action) -> Optional[str]:
         """What is missing here for ``action``; None: it can be carried out."""
-        if action.kind in ("SET_LR", "RESET_OPTIMIZER") and self._find_optimizer() is None:
+        optimizer = self._find_optimizer()
+        if action.kind == "SET_LR" and optimizer is None:
             return "no optimizer is known"
+        if action.kind == "RESET_OPTIMIZER" and not (
+            loaded_torch() and hasattr(optimizer, "state")
+        ):
+            return "no optimizer with state is known"
         if action.kind == "ROLLBACK":
             if self._rollback is None:
                 return "no checkpoints are kept: give checkpoint_dir"
@@ -158,6 +168,8 @@ class Interventions:
         return False
 
     def _carry_out(self, action: Action, step: int) -> None:
+        if self._refused(action, step):
+            return
         if action.kind == "SET_LR":
             self._set_lr(action, step)
         elif action.kind == "RESET_OPTIMIZER":
@@ -173,9 +185,6 @@ class Interventions:
 
     def _set_lr(self, action: Action, step: int) -> None:
         optimizer = self._find_optimizer()
-        if optimizer is None:
-            self._tell("action_refused", action, step, {"why": "no optimizer is known"})
-            return
         before = self._cap.current(optimizer)
         lr = action.parameters.get("lr")
         if lr is None and before is not None:
@@ -186,27 +195,21 @@ class Interventions:
         self._tell("action_applied", action, step, {"lr": lr, "lr_before": before})
 
     def _reset_optimizer(self, action: Action, step: int) -> None:
-        optimizer = self._find_optimizer()
-        if optimizer is None or not hasattr(optimizer, "state") or loaded_torch() is None:
-            self._tell("action_refused", action, step, {"why": "no optimizer with state is known"})
-            return
         from plarv.checkpoints.training_state import reset_optimizer  # asked for once in a run
 
-        self._tell("action_applied", action, step, {"parameters": reset_optimizer(optimizer)})
+        number = reset_optimizer(self._find_optimizer())
+        self._tell("action_applied", action, step, {"parameters": number})
 
     def _roll_back(self, action: Action, step: int) -> None:
-        why = self._why_not(action)
-        if why is None and self._rollback is not None:
-            try:
-                slot = self._rollback.restore(int(action.parameters["checkpoint_step"]))
-            except (OSError, ValueError, RuntimeError) as error:
-                why = str(error)
-            else:
-                self._waiting.clear()  # of the attempt that is left
-                self._tell("action_applied", action, step, {})
-                self._on_rollback(action, slot)
-                return
-        self._tell("action_refused", action, step, {"why": why})
+        assert self._rollback is not None
+        try:
+            slot = self._rollback.restore(int(action.parameters["checkpoint_step"]))
+        except (OSError, ValueError, RuntimeError) as error:
+            self._tell("action_refused", action, step, {"why": str(error)})
+            return
+        self._waiting.clear()  # of the attempt that is left
+        self._tell("action_applied", action, step, {})
+        self._on_rollback(action, slot)
 
     def _tell(self, what: str, action: Action, step: int, data: Mapping[str, Any]) -> None:
         self._report(what, step, {"action": action.id, "kind": action.kind, **data})

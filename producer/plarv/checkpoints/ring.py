@@ -10,19 +10,18 @@ import time
 from collections import deque
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Callable, Deque, Dict, FrozenSet, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from plarv import settings
 from plarv.checkpoints.pretrained import save_beside
 from plarv.checkpoints.slots import ANCHOR, Slot, Slots, choose, read_json, write_json
-from plarv.checkpoints.snapshot import REST_FILE, Snapshot
-from plarv.checkpoints.tensor_file import write_tensor_file
+from plarv.checkpoints.snapshot import Snapshot
 from plarv.checkpoints.training_state import restore
 from plarv.faults import Faults
 from plarv_schemas.events import Action
 from plarv_schemas.journal_writer import JournalWriter
 
-__all__ = ["CheckpointRing", "Recovery"]
+__all__ = ["CheckpointRing", "Recovery", "give_way"]
 
 _WINDOW = 50  # steps until one is certified: none is saved sooner after another
 _SNAPSHOT_SHARE = 0.01  # of the training's time
@@ -82,8 +81,7 @@ class CheckpointRing:
         self._snapshot = Snapshot(*training[:3])
         self._state = "new"  # then "preparing", "ready"; "off": no checkpoint is saved any more
         self._known = slots.all()
-        self._keep: FrozenSet[int] = frozenset()  # slots that are frozen
-        self._frozen_step = -1
+        self._frozen_step = -1  # of the checkpoint that must stay; -1: none
         self._last: Optional[int] = None  # step of the newest
         self._judged = -1
         self._since_ns = time.time_ns()  # older slots are of another attempt: no word on them comes
@@ -122,15 +120,16 @@ class CheckpointRing:
             clean = action.parameters.get("checkpoint_step")
             if isinstance(clean, int):
                 self._frozen_step = clean
-                self._keep = frozenset(slot.number for slot in self._known if slot.step == clean)
                 self._do(None, lambda: self._freeze(action, clean))
         elif action.kind == "CHECKPOINT" and not self._is_sharded and self._state == "ready":
             self._save(step)
 
     def can_restore(self, step: int) -> Optional[str]:
         """Why the checkpoint of ``step`` cannot be gone back to; None: it can."""
-        if self._find(step) is None:
-            return f"{self._slots.folder} holds no certified checkpoint of step {step}"
+        try:
+            self._find(step)
+        except ValueError as error:
+            return str(error)
         return None
 
     def restore(self, step: int) -> Slot:
@@ -140,8 +139,6 @@ class CheckpointRing:
         """
         self._settle()
         slot = self._find(step)
-        if slot is None:
-            raise ValueError(f"{self._slots.folder} holds no certified checkpoint of step {step}")
         self._load(slot)
         return slot
 
@@ -176,12 +173,10 @@ class CheckpointRing:
         """
         self._last = step
         self._since_ns = time.time_ns()
-        self._keep, self._frozen_step = frozenset(), -1
+        self._frozen_step = -1
         if not self._writes:
             return
-        for slot in self._known:
-            if not slot.certified:
-                continue
+        for slot in [slot for slot in self._known if slot.certified]:
             if slot.step > step:
                 self._slots.uncertify(slot)
             else:
@@ -192,10 +187,7 @@ class CheckpointRing:
     def finish(self, timeout_s: float) -> None:
         """Saves no more; lets a write under way end within ``timeout_s``, and tells the log."""
         self._state = "off"
-        if self._thread is not None:
-            done = threading.Event()
-            self._jobs.put(done.set)
-            done.wait(timeout_s)
+        self._is_idle(timeout_s)
         self._tell_saved()
 
     def close(self, timeout_s: float) -> None:
@@ -240,19 +232,22 @@ class CheckpointRing:
         self._do("writing", lambda: self._write(step))
 
     def _next_slot(self) -> Optional[int]:
-        """None where every slot is needed: one that waits for the engine's word is."""
-        waiting = [
-            slot.number
-            for slot in self._known
-            if not slot.certified
-            and slot.time_ns >= self._since_ns
-            and slot.step + _WINDOW >= self._judged
-        ]
-        return choose(self._known, self._keep.union(waiting))
+        """None where every slot is needed."""
+        return choose(self._known, [slot.number for slot in self._known if self._is_needed(slot)])
 
-    def _find(self, step: int) -> Optional[Slot]:
-        found = [slot for slot in self._slots.all() if slot.step == step and slot.certified]
-        return found[-1] if found else None
+    def _is_needed(self, slot: Slot) -> bool:
+        """Whether it is frozen, or waits for the engine's word."""
+        if slot.step == self._frozen_step:
+            return True
+        is_of_now = not slot.certified and slot.time_ns >= self._since_ns
+        return is_of_now and slot.step + _WINDOW >= self._judged
+
+    def _find(self, step: int) -> Slot:
+        """The certified one of ``step``. ValueError: there is none."""
+        for slot in reversed(self._slots.all()):
+            if slot.step == step and slot.certified:
+                return slot
+        raise ValueError(f"{self._slots.folder} holds no certified checkpoint of step {step}")
 
     def _load(self, slot: Slot) -> None:
         wrong = self._slots.verify(slot)
@@ -282,19 +277,22 @@ class CheckpointRing:
         self._jobs.put(job)
 
     def _settle(self) -> None:
-        """Waits until nothing is under way."""
+        """Waits until nothing is under way. RuntimeError: it takes too long."""
+        if not self._is_idle(_WAIT_S):
+            raise RuntimeError(f"a checkpoint is still being written after {_WAIT_S:.0f} s")
+
+    def _is_idle(self, timeout_s: float) -> bool:
+        """Waits; whether nothing is under way any more."""
         if self._thread is None:
-            return
+            return True
         done = threading.Event()
         self._jobs.put(done.set)
-        if not done.wait(_WAIT_S):
-            raise RuntimeError(f"a checkpoint is still being written after {_WAIT_S:.0f} s")
+        return done.wait(timeout_s)
 
     # From here on: the ring's own thread.
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        give_way()
         while True:
             job = self._jobs.get()
             if job is None:
@@ -330,15 +328,9 @@ class CheckpointRing:
         try:
             if number is None:
                 return
-            self._snapshot.wait()
             draft = self._slots.draft()
             try:
-                digests = {
-                    name: write_tensor_file(draft / name, header, data)
-                    for name, header, data in self._snapshot.files()
-                }
-                rest = self._snapshot.rest()
-                digests[REST_FILE] = write_tensor_file(draft / REST_FILE, rest, memoryview(b""))
+                digests = self._snapshot.write(draft)
                 save_beside(draft, self._training[0], self._training[3], self._faults)
                 about = {**self._about, "step": step, "time_ns": time.time_ns()}
                 slot = self._slots.publish(draft, number, digests, about)
@@ -365,12 +357,13 @@ class CheckpointRing:
         self._known = self._slots.all()
         if slot is None or step <= self._frozen_step:
             return
-        self._keep, self._frozen_step = frozenset(), -1
+        self._frozen_step = -1
         write_json(self._slots.folder / ANCHOR, self._point(slot))
 
     def _freeze(self, action: Action, step: int) -> None:
-        found = self._find(step)
-        if found is None:
+        try:
+            found = self._find(step)
+        except ValueError:  # it has been overwritten since: the anchor stays what it was
             return
         fault = {
             "onset_step": action.parameters["onset_step"],
@@ -398,3 +391,9 @@ class CheckpointRing:
             "certified": slot.certified,
             "size_bytes": slot.size_bytes,
         }
+
+
+def give_way() -> None:
+    """This thread comes after the training's from here on, where a thread has its own priority."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Collection, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 from plarv.checkpoints.tensor_file import digest_of
+from plarv_schemas.locks import FileLock
 
 __all__ = ["ANCHOR", "Slot", "Slots", "choose", "read_json", "write_json"]
 
@@ -48,18 +48,13 @@ class Slots:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = -1
+        self._lock = FileLock(folder / ".lock")
 
     def open(self) -> bool:
         """Takes the folder, and sweeps away what killed processes left; False: another has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+        if not self._lock.acquire():
             return False
-        self._lock = lock
         for path in self.folder.iterdir():
             if path.name.startswith((_DRAFT, _TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -67,9 +62,7 @@ class Slots:
 
     def close(self) -> None:
         """Lets the folder go."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def all(self) -> Tuple[Slot, ...]:
         """The whole ones, oldest first."""

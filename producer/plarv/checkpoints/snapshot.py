@@ -6,11 +6,12 @@ import ctypes
 import io
 import json
 import threading
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from plarv.checkpoints.contents import Contents, collect, rng_state
 from plarv.checkpoints.host_memory import available_bytes
-from plarv.checkpoints.tensor_file import CODES, Entry, encode_header
+from plarv.checkpoints.tensor_file import CODES, Entry, encode_header, write_tensor_file
 from plarv.tensors import loaded_torch
 
 __all__ = ["MODEL_FILE", "OPTIMIZER_FILE", "REST_FILE", "Snapshot", "TensorFile"]
@@ -34,8 +35,8 @@ class Snapshot:
 
     ``survey()`` and ``prepare()`` make them, the second on a background thread; ``take()`` fills
     them, on the training thread: one copy of each tensor, from accelerators without waiting.
-    ``files()`` and ``rest()`` are for the background again, after ``wait()``. Between ``take()``
-    and ``release()`` it is not taken again: RuntimeError.
+    ``write()`` is for the background again. Between ``take()`` and ``release()`` it is not taken
+    again: RuntimeError.
     """
 
     def __init__(self, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:
@@ -46,7 +47,6 @@ class Snapshot:
         self._events: List[Any] = []
         self._busy = threading.Event()
         self.left_out: Tuple[str, ...] = ()  # names of what cannot be kept
-        self.step = -1
 
     @property
     def is_prepared(self) -> bool:
@@ -95,14 +95,21 @@ class Snapshot:
         for buffer in self._buffers:
             self._events.extend(buffer.copy(groups[buffer.name]))
         self._rest = {**contents.rest, "rng": rng_state(), "step": step}
-        self.step = step
         self._busy.set()
         return True
 
-    def wait(self) -> None:
-        """Until the device's copies have come."""
+    def write(self, folder: Path) -> Dict[str, str]:
+        """Writes its files, once the device's copies have come; name -> digest. OSError: the disk
+        does not take them.
+        """
         for event in self._events:
             event.synchronize()
+        digests = {
+            name: write_tensor_file(folder / name, header, data)
+            for name, header, data in self.files()
+        }
+        rest = memoryview(self.rest())
+        return {**digests, REST_FILE: write_tensor_file(folder / REST_FILE, b"", rest)}
 
     def files(self) -> Sequence[TensorFile]:
         """The tensors."""

@@ -69,6 +69,13 @@ class Training:
             self.step()
             self.run.catch_up()
 
+    def collapse(self, after: int) -> None:
+        """Trains until one is certified, ``after`` steps more, and on with dead weights."""
+        self.until(lambda: bool(self.certified()))
+        self.go(after)
+        self.step(poison=True)
+        self.go(40)
+
     def slots(self) -> Any:
         return Slots(self.folder).all()
 
@@ -130,10 +137,7 @@ def test_in_manual_a_rollback_is_told_the_anchor_is_frozen_and_nothing_is_touche
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tmp_path / "ring", monkeypatch)
-    training.until(lambda: bool(training.certified()))
-    training.go(5)
-    training.step(poison=True)
-    training.go(40)
+    training.collapse(5)
     training.argus.complete()
     assert bool(torch.isnan(training.weights()).all())
     assert training.controls("recovered") == []
@@ -153,10 +157,7 @@ def test_a_new_process_recovers_the_anchor_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tmp_path / "ring", monkeypatch)
-    training.until(lambda: bool(training.certified()))
-    training.go(3)
-    training.step(poison=True)
-    training.go(40)
+    training.collapse(3)
     training.argus.complete("failed")
     again = Training(tmp_path / "ring", monkeypatch)
     found = again.argus.recover()
@@ -247,7 +248,7 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("plarv.checkpoints.ring.write_tensor_file", full)
+        patch.setattr("plarv.checkpoints.snapshot.write_tensor_file", full)
         session: Any = training.argus._session  # pyright: ignore[reportPrivateUsage]
         faults: Any = session.faults
         training.until(lambda: "No space left" in faults.describe())

@@ -10,7 +10,7 @@ import pytest
 import torch as _torch
 
 from plarv.checkpoints.snapshot import MODEL_FILE, REST_FILE, Snapshot
-from plarv.checkpoints.tensor_file import read_tensors, write_tensor_file
+from plarv.checkpoints.tensor_file import read_tensors
 from plarv.checkpoints.training_state import reset_optimizer, restore
 
 torch: Any = _torch  # its stubs name a third of what is used here
@@ -64,10 +64,7 @@ def save(folder: Path, snapshot: Snapshot, step: int) -> Path:
     """The snapshot's files in a folder, as a slot has them."""
     folder.mkdir()
     assert snapshot.take(step)
-    snapshot.wait()
-    for name, header, data in snapshot.files():
-        write_tensor_file(folder / name, header, data)
-    (folder / REST_FILE).write_bytes(snapshot.rest())
+    snapshot.write(folder)
     snapshot.release()
     return folder
 
