@@ -36,6 +36,7 @@ from measure import (
 
 _TUNED = (1, 2, 3, 4)  # the thresholds were chosen on these
 _HELD_OUT = (101, 102, 103, 104)
+_TIMED_STEPS = 12  # of a cycle
 _AT_A_TIME = max(1, min(4, os.cpu_count() or 1))
 _ONSET, _ONSETS, _APART = 80, 4, 37  # apart by an odd number: every place in a rolling schedule
 
@@ -47,11 +48,11 @@ class Size(NamedTuple):
     tuned: Tuple[int, ...]
     healthy_steps: int  # of a run
     equal_steps: int
-    cycles: int  # of four pairs of timed steps
+    cycles: int  # of twelve pairs of timed steps
 
 
-_FULL = Size(_HELD_OUT, _TUNED, 600, 200, 24)
-_QUICK = Size(_HELD_OUT[:1], (), 400, 50, 5)
+_FULL = Size(_HELD_OUT, _TUNED, 600, 200, 10)
+_QUICK = Size(_HELD_OUT[:1], (), 400, 50, 4)
 
 
 class Found(NamedTuple):
@@ -202,7 +203,7 @@ def _time_row(child: Child, cycles: int, *, is_ours: bool) -> Row:
     share = 100.0 * middle_mean(added) / plain
     wall = 100.0 * middle_mean(walls) / middle_mean(found["plain_s"])
     error = 100.0 * standard_error(added) / plain
-    steps_ms = 250.0 * plain  # four steps
+    steps_ms = 1000.0 * plain / _TIMED_STEPS
     text = f"{share:.2f} +- {error:.2f}% of {steps_ms:,.0f} ms (wall clock {wall:.2f}%)"
     if is_ours:
         what = "time added to a GPT step"

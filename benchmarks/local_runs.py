@@ -28,8 +28,8 @@ _QUIET = 20  # steps before the onset in which the right check must have been si
 _SCHEDULE = 400  # steps
 _ILL = ("warn", "critical")
 _SAME = {"dead_neurons": "activation_sparsity", "saturation": "activation_saturation"}
-_CYCLE = 4  # steps in which all layers have had their turn
-_WARM_UP = 3  # cycles
+_CYCLE = 12  # steps in which every layer has had its turns: of six, of four
+_WARM_UP = 1  # cycle
 
 
 class LocalRuns:
@@ -81,7 +81,7 @@ class LocalRuns:
         return True
 
     def times(self) -> Dict[str, float]:
-        """Seconds of four steps of a GPT (d=256, 6 layers, 16 x 128), of the clock and of the CPU.
+        """Seconds of twelve steps of a GPT (d=256, 6 layers, 16 x 128), of clock and of CPU.
 
         Two equal models, one of them watched, take their steps in turns, either first in turns.
         """

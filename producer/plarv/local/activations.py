@@ -6,12 +6,12 @@ import weakref
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from plarv.faults import Guard
-from plarv.local.layers import Hook, Site, is_out_of_reach
+from plarv.local.layers import Site, SiteHook, is_out_of_reach
 from plarv.local.readings import Readings
 
 __all__ = ["ActivationProbe", "ActivationStatistics"]
 
-_EVERY = 4  # steps from one look at a layer to the next
+_EVERY = 6  # steps from one look at a layer to the next
 _FEATURES = 128  # of twice as many or more
 _BLOCK = 16
 _MIN_ROWS = 8
@@ -32,7 +32,7 @@ Taker = Callable[[int, str, ActivationStatistics], None]
 
 
 class ActivationProbe:
-    """Hooks every site; each is measured every fourth step, in its first call of that step.
+    """Hooks every site; each is measured every sixth step, in its first call of that step.
 
     Sampled are at most 144 rows of 128 to 255 features of the output and, for layers with weights,
     of the input, which shows activations that are no modules. What comes right from the data is
@@ -59,7 +59,7 @@ class ActivationProbe:
         self._takers = takers
         probe = weakref.ref(self)
         for index, site in enumerate(self._sites):
-            hook = Hook(_caller(probe, index), is_compiling)
+            hook = SiteHook(probe, index, is_compiling)
             self._handles.append(site.module.register_forward_hook(hook))
         self.begin(0, set())
 
@@ -73,6 +73,7 @@ class ActivationProbe:
     def begin(self, step: int, suspects: Set[str]) -> None:
         """A new step: whose turn it is, and layers that shall be looked at again."""
         self._step = step
+        self._ever |= self._called
         self._called = set()
         self._due = {
             index
@@ -86,21 +87,23 @@ class ActivationProbe:
 
     def saw(self, index: int, arguments: Any, output: Any) -> None:
         """A site was called."""
+        # most calls end early: in a real step each touch of an object is a cache miss
         site = self._sites[index]
         self.last_name = site.name
         torch = self._torch
         if not torch.is_grad_enabled() and not site.module.training:
             return  # an evaluation
-        tensor = _tensor_of(torch, output)
-        if tensor is None or tensor.numel() == 0:
+        if index not in self._due:
+            if type(output) is not torch.Tensor or output.numel():
+                self._called.add(index)
             return
-        self._called.add(index)
-        self._ever.add(index)
-        if index not in self._due or self._guard.failures > 8:
+        if self._guard.failures > 8:
             return
         with self._guard, torch.no_grad():
-            if is_out_of_reach(torch):
+            tensor = _tensor_of(torch, output)
+            if tensor is None or tensor.numel() == 0 or is_out_of_reach(torch):
                 return
+            self._called.add(index)
             self._due.discard(index)
             self._measure(site, tensor, site.name + "|output")
             given = _tensor_of(torch, arguments) if site.has_weights else None
@@ -134,15 +137,6 @@ class ActivationProbe:
                     taker(step, name, statistics)
 
         self._readings.put(vector, take)
-
-
-def _caller(probe: Any, index: int) -> Callable[..., None]:
-    def saw(_: Any, arguments: Any, output: Any) -> None:
-        alive: Optional[ActivationProbe] = probe()
-        if alive is not None:
-            alive.saw(index, arguments, output)
-
-    return saw
 
 
 def _tensor_of(torch: Any, value: Any) -> Optional[Any]:

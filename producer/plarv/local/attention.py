@@ -14,7 +14,7 @@ from plarv.local.readings import Readings
 
 __all__ = ["AttentionProbe"]
 
-_EVERY = 4  # steps
+_EVERY = 6  # steps
 _QUERIES = 8
 _SAMPLES = 2  # of the batch
 _MIN_KEYS = 4
@@ -24,7 +24,7 @@ Taker = Callable[[int, str, float], None]
 
 
 class AttentionProbe:
-    """Watches the forward of every fourth step through a ``TorchFunctionMode``.
+    """Watches the forward of every sixth step through a ``TorchFunctionMode``.
 
     Seen are ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` and any softmax over
     (batch, heads, queries, keys): the weights need not be returned by anybody. Of each call the
@@ -45,7 +45,8 @@ class AttentionProbe:
         self._step = 0
         self._take: Optional[Taker] = None
         functional = torch.nn.functional
-        self._functions: Dict[Any, Callable[..., None]] = {
+        self._watch = _watch_class(torch)
+        self.functions: Dict[Any, Callable[..., None]] = {
             functional.scaled_dot_product_attention: self._saw_fused,
             functional.multi_head_attention_forward: self._saw_multihead,
             functional.softmax: self._saw_softmax,
@@ -93,7 +94,8 @@ class AttentionProbe:
         if self._due and self._torch.is_grad_enabled() and self._guard.failures <= 8:
             with self._guard:
                 if not is_out_of_reach(self._torch):
-                    mode = _watch(self._torch, self)
+                    mode = self._watch()
+                    mode.shown_to = self
                     mode.__enter__()
         stack.append(mode)
 
@@ -105,11 +107,9 @@ class AttentionProbe:
             mode.__exit__(None, None, None)
 
     def saw(self, function: Any, arguments: Tuple[Any, ...], named: Dict[str, Any]) -> None:
-        """A function of torch was called during a watched forward."""
-        handler = self._functions.get(function)
-        if handler is not None:
-            with self._guard, self._torch.no_grad():
-                handler(*arguments, **named)
+        """One of ``functions`` was called during a watched forward."""
+        with self._guard, self._torch.no_grad():
+            self.functions[function](*arguments, **named)
 
     # -- the three ways to compute attention
 
@@ -201,14 +201,14 @@ class AttentionProbe:
         last = self._activations.last_name
         return last.rpartition(".")[0] or last or "attention"
 
-    def _score(self, query: Any, key: Any, rows: List[int], mask: Any, causal: bool) -> None:
+    def _score(self, query: Any, key: Any, rows: slice, mask: Any, causal: bool) -> None:
         torch = self._torch
         if key.shape[1] != query.shape[1]:  # grouped queries
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = query @ key.transpose(-1, -2)
         if causal:
             keys = torch.arange(key.shape[-2], device=scores.device)
-            places = torch.tensor(rows, device=scores.device)
+            places = torch.arange(rows.start, rows.stop, rows.step, device=scores.device)
             scores = scores.masked_fill(keys > places[:, None], -math.inf)
         if mask is not None:
             hidden = mask.dtype is torch.bool
@@ -231,27 +231,39 @@ class AttentionProbe:
         self._readings.put(entropy.sum() / counts.sum(), taken)
 
 
-def _watch(torch: Any, probe: AttentionProbe) -> Any:
-    """A mode that shows ``probe`` each function that is called, and calls it as it was."""
+def _watch_class(torch: Any) -> Any:
+    """A mode that shows a probe each function that is called, and calls it as it was."""
 
     class Watch(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        shown_to: AttentionProbe
+
         def __torch_function__(
             self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
-            named: Dict[str, Any] = kwargs or {}
-            probe.saw(func, args, named)
-            return func(*args, **named)
+            if func in self.shown_to.functions:
+                self.shown_to.saw(func, args, kwargs or {})
+            return func(*args, **kwargs) if kwargs else func(*args)
 
-    return Watch()
+    return Watch
 
 
-def _spread(count: int, most: int) -> List[int]:
-    """At most ``most`` of ``count`` places, evenly."""
+def _spread(count: int, most: int) -> slice:
+    """At most ``most`` of ``count`` places, evenly: a slice, which needs no copy of indices.
+
+    >>> list(range(16))[_spread(16, 4)], list(range(3))[_spread(3, 2)]
+    ([0, 4, 8, 12], [0, 1])
+    """
     most = min(count, most)
-    return [place * count // most for place in range(most)]
+    apart = max(1, count // max(1, most))
+    return slice(0, apart * most, apart)
 
 
-def _late(count: int) -> List[int]:
-    """Places in the later half, the last among them: causal queries with many keys."""
-    first = count // 2
-    return [first + place for place in _spread(count - first, _QUERIES)]
+def _late(count: int) -> slice:
+    """Places in the later half, the last among them: causal queries with many keys.
+
+    >>> list(range(32))[_late(32)]
+    [17, 19, 21, 23, 25, 27, 29, 31]
+    """
+    apart = max(1, count // (2 * _QUERIES))
+    most = min(count, _QUERIES)
+    return slice(count - 1 - apart * (most - 1), count, apart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, NamedTuple
 
-__all__ = ["Hook", "Site", "find_sites", "is_out_of_reach", "layer_names", "unwrapped"]
+__all__ = ["Hook", "Site", "SiteHook", "find_sites", "is_out_of_reach", "layer_names", "unwrapped"]
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
 _LINEAR = ("Linear", "Conv1D")
@@ -34,6 +34,32 @@ class Hook:
         """Goes on, but not in a graph that is being compiled."""
         if not self._is_compiling():
             self._call(*arguments)
+
+    def __reduce__(self) -> Any:
+        return (_no_hook, ())
+
+
+class SiteHook:
+    """The forward hook of one site: as few steps as can be, for it runs in every call.
+
+    ``probe`` is a weak reference to what has a ``saw(index, arguments, output)``.
+    """
+
+    __slots__ = ("_index", "_is_compiling", "_probe")
+
+    def __init__(
+        self, probe: Callable[[], Any], index: int, is_compiling: Callable[[], bool]
+    ) -> None:
+        self._probe = probe
+        self._index = index
+        self._is_compiling = is_compiling
+
+    def __call__(self, module: Any, arguments: Any, output: Any) -> None:
+        """Goes on, but not in a graph that is being compiled."""
+        if not self._is_compiling():
+            probe = self._probe()
+            if probe is not None:
+                probe.saw(self._index, arguments, output)
 
     def __reduce__(self) -> Any:
         return (_no_hook, ())

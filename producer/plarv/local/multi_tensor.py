@@ -1,4 +1,4 @@
-"""Norms and checksums of many tensors, on their device, without waiting."""
+"""Norms of many tensors, on their device, without waiting."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 from plarv.tensors import local_part
 
-__all__ = ["Named", "Rolling", "checksums", "each_norm", "flat_view"]
-
-_LARGE = 4096  # elements, from which a tensor is worth reading in parts
-_ALIGNED = 16
+__all__ = ["Named", "Rolling", "each_norm"]
 
 
 class Named(NamedTuple):
@@ -65,43 +62,6 @@ def each_norm(
         else:
             norms = torch._foreach_norm(tensors)
         put(tuple(each.layer for each in group), torch.stack(list(norms)))
-
-
-def checksums(torch: Any, tensors: Sequence[Any], part: int = 0, parts: int = 1) -> List[Any]:
-    """One exact checksum a tensor, 0-d int64: any single flipped bit of the part changes it.
-
-    Of tensors with many elements only the ``part``-th of ``parts`` is read.
-    """
-    sums: List[Any] = []
-    for tensor in tensors:
-        flat = flat_view(torch, tensor)
-        count = flat.numel()
-        if parts > 1 and count >= _LARGE:
-            chunk = -(-count // (parts * _ALIGNED)) * _ALIGNED
-            flat = flat[part * chunk : (part + 1) * chunk]
-        size = flat.numel() * flat.element_size()
-        offset = flat.storage_offset() * flat.element_size()
-        if size % 8 == 0 and offset % 8 == 0:
-            flat = flat.view(torch.int64)
-        elif size % 4 == 0 and offset % 4 == 0:
-            flat = flat.view(torch.int32)
-        else:
-            flat = flat.view(torch.uint8)
-        sums.append(flat.sum(dtype=torch.int64))
-    return sums
-
-
-def flat_view(torch: Any, tensor: Any) -> Any:
-    """All elements in the order of memory; a copy only where they do not lie in one piece."""
-    tensor = local_part(tensor.detach())
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout):
-            return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return tensor.reshape(-1)
 
 
 def _numbers(torch: Any, tensor: Any) -> Any:

@@ -11,7 +11,7 @@ from plarv.local.checks import Checks
 from plarv.local.gradient_flow import StepContext
 from plarv.local.layers import is_out_of_reach, layer_names
 from plarv.local.multi_tensor import Named, Rolling, each_norm
-from plarv.local.optimizer_state import learning_rate_in, read_state
+from plarv.local.optimizer_state import StateReader, learning_rate_in
 from plarv.local.readings import Readings
 from plarv.local.unchanged import Unchanged
 from plarv.local.update_sample import UpdateSample
@@ -24,7 +24,9 @@ __all__ = ["StepProbe"]
 _CPU_ELEMENTS = 16 << 20
 _DEVICE_ELEMENTS = 256 << 20
 _SMALL_ELEMENTS = 1 << 20  # up to here norms are taken of all tensors on each step
-_STATE_PARTS = 4
+_STATE_PARTS = 8
+_TURNS = 6  # of the norms of weights and state
+_SAMPLE_EVERY = 4  # steps of the optimizer; taken before one, compared before the next
 _MAX_FAILURES = 8
 
 
@@ -33,7 +35,7 @@ class StepProbe:
 
     The look is taken by ``look()`` before the optimizer's step, else by the hook at its beginning.
     Checksums are taken when the step has ended and compared when the next begins, the whole of the
-    weights, a quarter of the state. Norms are those of a quarter of the tensors, in turns. Works
+    weights, an eighth of the state. Norms are those of a sixth of the tensors, in turns. Works
     without an optimizer, or with one that has no hooks: then only norms are seen.
     """
 
@@ -56,17 +58,19 @@ class StepProbe:
         on_device = any(parameter.device.type != "cpu" for parameter in self._parameters)
         elements = _DEVICE_ELEMENTS if on_device else _CPU_ELEMENTS
         total = sum(local_part(parameter).numel() for parameter in self._parameters)
-        self._elements = min(elements, max(_SMALL_ELEMENTS, total // 4))
+        self._elements = min(elements, max(_SMALL_ELEMENTS, total // _TURNS))
         self._turns: Dict[str, Rolling] = {}
         self._weights = Unchanged(torch, Rolling(elements))
         self._state = Unchanged(torch, Rolling(elements), _STATE_PARTS)
         self._sample = UpdateSample(torch)
+        self._state_reader = StateReader(torch, optimizer, self.name_of)
         self._scaler = LossScalerSearch()
         self._handles: List[Any] = []
         self._looked = False
         self._looked_in_hook = False
         self._gradients_seen = False
         self._stepped = False
+        self._num_steps = 0  # of the optimizer
         self._step = 0
         self._context: Callable[[Set[str]], StepContext] = _no_context
 
@@ -98,6 +102,7 @@ class StepProbe:
         self._handles = []
         self._weights.forget()
         self._state.forget()
+        self._state_reader.forget()
         self._sample.forget()
 
     @property
@@ -142,13 +147,13 @@ class StepProbe:
 
     def _after_step(self) -> None:
         self._stepped = True
+        self._num_steps += 1
         if not self._looked_in_hook:
             self._looked = self._gradients_seen = False
         with self.guard, self._torch.no_grad():
             if not is_out_of_reach(self._torch) and self.guard.failures < _MAX_FAILURES:
                 self._weights.remember(self._named_weights())
-                state = read_state(self._optimizer, self.name_of, is_tensor)
-                self._state.remember(state.tensors)
+                self._state.remember(self._state_reader.read().tensors)
 
     # -- what is looked at
 
@@ -167,8 +172,7 @@ class StepProbe:
 
         self._weights.compare(self._named_weights(), put_weights)
         if self._optimizer is not None:
-            state = read_state(self._optimizer, self.name_of, is_tensor)
-            self._state.compare(state.tensors, put_state)
+            self._state.compare(self._state_reader.read().tensors, put_state)
 
     def _look_at_weights(self) -> None:
         step, check = self._step, self._checks.weight_imbalance
@@ -184,14 +188,13 @@ class StepProbe:
 
     def _look_at_state(self) -> None:
         step, check = self._step, self._checks.optimizer_health
-        state = read_state(self._optimizer, self.name_of, is_tensor)
+        state = self._state_reader.read()
         stepped, self._stepped = self._stepped, False
-        check.take_counters(step, state.counters, stepped=stepped)
-        if state.device_counters:
-            names = [named.layer for named in state.device_counters]
-            counters = self._torch.stack(
-                [named.tensor.reshape(()).float() for named in state.device_counters]
-            )
+        check.take_counters(step, state.host_counters(), stepped=stepped)
+        on_device = state.device_counters()
+        if on_device:
+            names = [named.layer for named in on_device]
+            counters = self._torch.stack([each.tensor.reshape(()).float() for each in on_device])
             self._readings.put(
                 counters,
                 lambda values: check.take_counters(step, dict(zip(names, values)), stepped=stepped),
@@ -250,19 +253,25 @@ class StepProbe:
         return layers, self._torch.cat([each.to(device, non_blocking=True) for each in vectors])
 
     def _look_at_updates(self) -> None:
-        step, check = self._step, self._checks.precision_erosion
-        rate = learning_rate_in(self._optimizer)
-
-        def put(layers: Tuple[str, ...], shares: Any) -> None:
-            self._readings.put(shares, lambda values: check.take(step, layers, values, rate))
-
+        turn = self._num_steps % _SAMPLE_EVERY
+        if turn > 1:
+            return
         mine = {id(each) for group in self._optimizer.param_groups for each in group["params"]}
         named = [
             Named(self.name_of(each), each)
             for each in self._parameters
             if id(each) in mine and each.dim() >= 2 and each.requires_grad
         ]
-        self._sample.take(named, put)
+        if turn == 0:
+            self._sample.take(named)
+            return
+        step, check = self._step, self._checks.precision_erosion
+        rate = learning_rate_in(self._optimizer)
+
+        def put(layers: Tuple[str, ...], shares: Any) -> None:
+            self._readings.put(shares, lambda values: check.take(step, layers, values, rate))
+
+        self._sample.compare(named, put)
 
     def _named_weights(self) -> Dict[int, Named]:
         return {

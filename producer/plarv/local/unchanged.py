@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, Hashable, List, Mapping, NamedTuple, Tuple
 
-from plarv.local.multi_tensor import Named, Rolling, checksums
+from plarv.local.flat_integers import Checksums, Sums
+from plarv.local.multi_tensor import Named, Rolling
 
 __all__ = ["Unchanged"]
 
 Put = Callable[[Tuple[str, ...], Any, int], None]
 
+_SPARE = 64
 
-class _Kept(NamedTuple):
-    checksum: Any
-    likeness: Tuple[Any, ...]  # shape, type and device: a tensor that was converted is another
+
+class _Likeness(NamedTuple):
+    dtype: Any  # a tensor that was converted is another
+    elements: int
     version: int
 
 
@@ -24,58 +27,73 @@ class Unchanged:
     """
 
     def __init__(self, torch: Any, rolling: Rolling, parts: int = 1) -> None:
-        self._part = 0
-        self._parts = parts
         self._torch = torch
         self._rolling = rolling
-        self._kept: Dict[Hashable, _Kept] = {}
+        self._checksums = Checksums(torch, parts)
+        self._parts = parts
+        self._kept: Dict[Hashable, _Likeness] = {}
+        self._groups: List[Sums] = []
 
     def remember(self, tensors: Mapping[Any, Named]) -> None:
         """What the next comparison starts from."""
-        self._part = (self._part + 1) % self._parts
+        self._checksums.turn()
+        if self._checksums.num_views > self._parts * len(tensors) + _SPARE:
+            self._checksums.forget()  # most were of tensors that are gone
         keys = list(tensors)
         chosen = self._rolling.next([tensors[key].tensor.numel() for key in keys])
-        self._keep({keys[index]: tensors[keys[index]] for index in chosen})
+        chosen_keys = [keys[index] for index in chosen]
+        read = [tensors[key].tensor for key in chosen_keys]
+        self._kept = {key: _likeness(tensor) for key, tensor in zip(chosen_keys, read)}
+        self._groups = self._checksums.of(chosen_keys, read)
 
     def compare(self, tensors: Mapping[Any, Named], put: Put) -> None:
         """``put(layers, flags, by_code)``: 1.0 where a tensor changed, a vector a device.
 
         ``by_code`` counts tensors that torch knows to have been written. Each change shows once.
         """
-        kept = self._kept
-        same = {
-            key: tensors[key]
-            for key, known in kept.items()
-            if key in tensors and _likeness(tensors[key].tensor) == known.likeness
-        }
+        now = {key: _likeness(tensors[key].tensor) for key in self._kept if key in tensors}
+        same = [key for key, likeness in now.items() if likeness[:2] == self._kept[key][:2]]
         if not same:
             return
-        self._keep(same)
-        groups: Dict[Any, List[Hashable]] = {}
-        for key in same:
-            groups.setdefault(kept[key].checksum.device, []).append(key)
-        for keys in groups.values():
-            before = self._torch.stack([kept[key].checksum for key in keys])
-            after = self._torch.stack([self._kept[key].checksum for key in keys])
-            by_code = sum(kept[key].version != self._kept[key].version for key in keys)
-            put(tuple(same[key].layer for key in keys), (before != after).float(), by_code)
+        written = {key for key in same if now[key].version != self._kept[key].version}
+        after = self._checksums.of(same, [tensors[key].tensor for key in same])
+        before, self._groups = self._groups, after
+        self._kept = {key: now[key] for key in same}
+        for keys, flags in self._differences(before, after):
+            put(tuple(tensors[key].layer for key in keys), flags, len(written.intersection(keys)))
 
     def forget(self) -> None:
         """Nothing to compare with."""
         self._kept = {}
+        self._groups = []
+        self._checksums.forget()
 
-    def _keep(self, tensors: Mapping[Any, Named]) -> None:
-        read = [named.tensor for named in tensors.values()]
-        sums = checksums(self._torch, read, self._part, self._parts)
-        self._kept = {
-            key: _Kept(checksum, _likeness(named.tensor), _version(named.tensor))
-            for (key, named), checksum in zip(tensors.items(), sums)
-        }
+    def _differences(
+        self, before: List[Sums], after: List[Sums]
+    ) -> List[Tuple[List[Hashable], Any]]:
+        """1.0 for each tensor that changed; in one vector a device."""
+        found: Dict[Any, Tuple[List[Hashable], List[Any]]] = {}
+        known = {sums.kind: sums for sums in before}
+        for now in after:
+            then = known.get(now.kind)
+            if then is None:
+                continue
+            if then.keys != now.keys:  # some came, went or lie otherwise
+                there = set(now.keys)
+                shared = [key for key in then.keys if key in there]
+                then, now = self._picked(then, shared), self._picked(now, shared)
+            if now.keys:
+                names, flags = found.setdefault(now.kind[0], ([], []))
+                names.extend(now.keys)
+                flags.append((then.values != now.values).float())
+        return [(names, self._torch.cat(flags)) for names, flags in found.values()]
+
+    def _picked(self, sums: Sums, keys: List[Hashable]) -> Sums:
+        place = {key: index for index, key in enumerate(sums.keys)}
+        values = [sums.values[place[key]] for key in keys]
+        return sums._replace(keys=keys, values=self._torch.stack(values) if values else None)
 
 
-def _likeness(tensor: Any) -> Tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _version(tensor: Any) -> int:
-    return 0 if tensor.is_inference() else int(tensor._version)
+def _likeness(tensor: Any) -> _Likeness:
+    version = 0 if tensor.is_inference() else int(tensor._version)
+    return _Likeness(tensor.dtype, tensor.numel(), version)

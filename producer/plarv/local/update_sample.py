@@ -1,84 +1,104 @@
-"""A sample of each weight matrix from step to step: which updates were lost to rounding."""
+"""Samples of the weights from one step to the next: which updates were lost to rounding."""
 
 from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from plarv.local.multi_tensor import Named, flat_view
+from plarv.local.flat_integers import flat_view
+from plarv.local.multi_tensor import Named
 from plarv.tensors import local_part
 
 __all__ = ["UpdateSample"]
 
 _SIZE = 256  # elements of each tensor
+_RUNS = 16
 _LOW_BITS = 0x1FFF  # of float32 that float16 does not have; bfloat16 lacks these and three more
 
 Put = Callable[[Tuple[str, ...], Any], None]
 
 
+class _Group(NamedTuple):
+    """Tensors of one device and type."""
+
+    layers: List[str]
+    weights: List[Any]  # each (16, 16)
+    gradients: List[Optional[Any]]
+
+
 class _Taken(NamedTuple):
-    layers: Tuple[str, ...]
+    layers: List[str]
     weights: Any  # (tensors, 256), in their own type
-    moved: Any  # where the gradient was not 0: an update was due
+    due: Any  # 1.0 where the gradient was not 0
 
 
 class UpdateSample:
-    """Compares 256 elements of each weight tensor before one step and before the next.
+    """Compares 256 elements of each weight tensor just before one step and just before the next.
 
-    ``put`` gets 2 n shares for n tensors: first of weights that had a gradient and did not change
-    (NaN without gradient), then of float32 weights that a half type could hold (0 for others).
+    ``compare()`` gives 2 n shares for n tensors: first of weights that had a gradient and did not
+    change (NaN without gradient), then of float32 weights that a half type could hold (0 for
+    others).
     """
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
-        self._before: Dict[Any, _Taken] = {}
+        self._taken: Dict[Any, _Taken] = {}
 
-    def take(self, named: Sequence[Named], put: Put) -> None:
-        """Just before a step, where the gradients lie in ``.grad``."""
+    def take(self, named: Sequence[Named]) -> None:
+        """Before a step, where the gradients lie in ``.grad``."""
         torch = self._torch
-        groups: Dict[Any, List[Tuple[str, Any, Optional[Any]]]] = {}
-        for layer, tensor in named:
-            if local_part(tensor).numel() >= _SIZE and tensor.is_floating_point():
-                weights = _strided(torch, tensor)
-                gradient = tensor.grad
-                if gradient is not None and gradient.layout is torch.strided:
-                    gradient = _strided(torch, gradient)
-                groups.setdefault((weights.device, weights.dtype), []).append(
-                    (layer, weights, gradient)
-                )
-        now = {group: self._taken(group[1], found) for group, found in groups.items()}
-        for (device, dtype), taken in now.items():
-            before = self._before.get((device, dtype))
-            if before is not None and before.layers == taken.layers:
-                put(taken.layers, self._shares(before, taken, dtype))
-        self._before = now
+        self._taken = {}
+        for (device, dtype), group in self._groups(named, with_gradients=True).items():
+            none = torch.zeros((_RUNS, _SIZE // _RUNS), dtype=dtype, device=device)
+            gradients = [
+                none if gradient is None or gradient.dtype is not dtype else gradient
+                for gradient in group.gradients
+            ]
+            due = (torch.cat(gradients).view(-1, _SIZE) != 0).float()
+            weights = torch.cat(group.weights).view(-1, _SIZE)
+            self._taken[device, dtype] = _Taken(group.layers, weights, due)
+
+    def compare(self, named: Sequence[Named], put: Put) -> None:
+        """Before the next step: ``put(layers, shares)``, a vector a device and type."""
+        taken, self._taken = self._taken, {}
+        for key, group in self._groups(named, with_gradients=False).items():
+            before = taken.get(key)
+            if before is not None and before.layers == group.layers:
+                weights = self._torch.cat(group.weights).view(-1, _SIZE)
+                put(tuple(group.layers), self._shares(before, weights))
 
     def forget(self) -> None:
         """Nothing to compare with."""
-        self._before = {}
+        self._taken = {}
 
-    def _taken(self, dtype: Any, found: List[Tuple[str, Any, Optional[Any]]]) -> _Taken:
+    def _groups(self, named: Sequence[Named], *, with_gradients: bool) -> Dict[Any, _Group]:
         torch = self._torch
-        weights = torch.cat([each[1] for each in found]).view(-1, _SIZE)
-        none = torch.zeros(_SIZE, dtype=dtype, device=weights.device)
-        gradients = [
-            none if gradient is None or gradient.dtype is not dtype else gradient
-            for _, _, gradient in found
-        ]
-        moved = torch.cat(gradients).view(-1, _SIZE) != 0
-        return _Taken(tuple(each[0] for each in found), weights, moved)
+        groups: Dict[Any, _Group] = {}
+        for layer, tensor in named:
+            if local_part(tensor).numel() < _SIZE or not tensor.is_floating_point():
+                continue
+            weights = _blocks(torch, tensor)
+            gradient = tensor.grad if with_gradients else None
+            if gradient is not None and gradient.layout is torch.strided:
+                gradient = _blocks(torch, gradient)
+            group = groups.setdefault((weights.device, weights.dtype), _Group([], [], []))
+            group.layers.append(layer)
+            group.weights.append(weights)
+            group.gradients.append(gradient)
+        return groups
 
-    def _shares(self, before: _Taken, after: _Taken, dtype: Any) -> Any:
+    def _shares(self, before: _Taken, weights: Any) -> Any:
         torch = self._torch
-        due = before.moved.float()
-        same = (before.weights == after.weights).float()
-        lost = (same * due).sum(1) / due.sum(1)  # NaN where nothing was due
+        same = (before.weights == weights).float()
+        lost = (same * before.due).sum(1) / before.due.sum(1)  # NaN where nothing was due
         coarse = torch.zeros_like(lost)
-        if dtype is torch.float32:
-            low = after.weights.view(torch.int32) & _LOW_BITS
+        if weights.dtype is torch.float32:
+            low = weights.view(torch.int32) & _LOW_BITS
             coarse = (low == 0).float().mean(1)
         return torch.cat((lost, coarse))
 
 
-def _strided(torch: Any, tensor: Any) -> Any:
+def _blocks(torch: Any, tensor: Any) -> Any:
+    """(16, 16): runs of elements from all over the tensor; single ones would miss each cache."""
     flat = flat_view(torch, tensor)
-    return flat[:: flat.numel() // _SIZE][:_SIZE]
+    apart = flat.numel() // _RUNS
+    return flat.narrow(0, 0, _RUNS * apart).view(_RUNS, apart)[:, : _SIZE // _RUNS]
