@@ -13,8 +13,9 @@ from queue import SimpleQueue
 from typing import Any, Callable, Deque, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from plarv import settings
+from plarv.checkpoints.anchor import read_anchor, write_anchor
 from plarv.checkpoints.pretrained import save_beside
-from plarv.checkpoints.slots import ANCHOR, Slot, Slots, choose, read_json, write_json
+from plarv.checkpoints.slots import Slot, Slots, choose
 from plarv.checkpoints.snapshot import Snapshot
 from plarv.checkpoints.training_state import restore
 from plarv.faults import Faults
@@ -29,10 +30,6 @@ _WRITE_SHARE = 0.05  # of the time that a disk is busy with it
 _SHARDED_STEPS = 500  # all ranks must save at one step, so none may go by its own clock
 _WAIT_S = 60.0  # that a rollback waits for a write under way
 _NICE = 19  # the thread that writes gives way to the training's
-_NO_FAULT: Mapping[str, Any] = {
-    "onset_step": None, "frozen_at_step": None, "verdicts": [],
-    "reason": "the newest certified checkpoint",
-}  # fmt: skip
 _Job = Callable[[], None]
 
 
@@ -80,11 +77,13 @@ class CheckpointRing:
         self._is_sharded = about["parts"] > 1
         self._snapshot = Snapshot(*training[:3])
         self._state = "new"  # then "preparing", "ready"; "off": no checkpoint is saved any more
-        self._known = slots.all()
+        self._known: Tuple[Slot, ...] = ()
+        self._blocked: Mapping[int, str] = {}
+        self._look()
         self._frozen_step = -1  # of the checkpoint that must stay; -1: none
         self._last: Optional[int] = None  # step of the newest
         self._judged = -1
-        self._since_ns = time.time_ns()  # older slots are of another attempt: no word on them comes
+        self._since = slots.sequence  # slots up to it are of another attempt: no word on them comes
         self._step_s = self._take_s = self._write_s = 0.0  # durations, in seconds
         self._at: Optional[float] = None  # when the last step was
         self._jobs: SimpleQueue[Optional[_Job]] = SimpleQueue()
@@ -145,7 +144,7 @@ class CheckpointRing:
     def recover(self, step: Optional[int]) -> Optional[Recovery]:
         """Goes back to the anchor, or to ``step``; None: there is no checkpoint."""
         self._settle()
-        anchor = self._anchor()
+        anchor = read_anchor(self._slots.folder)
         slots = self._slots.all()
         if step is None:
             certified = [slot for slot in slots if slot.certified]
@@ -172,7 +171,7 @@ class CheckpointRing:
         of what is older.
         """
         self._last = step
-        self._since_ns = time.time_ns()
+        self._since = self._slots.sequence
         self._frozen_step = -1
         if not self._writes:
             return
@@ -181,7 +180,7 @@ class CheckpointRing:
                 self._slots.uncertify(slot)
             else:
                 self._saved.append(self._event(slot))
-        self._known = self._slots.all()
+        self._look()
         self._tell_saved()
 
     def finish(self, timeout_s: float) -> None:
@@ -232,14 +231,15 @@ class CheckpointRing:
         self._do("writing", lambda: self._write(step))
 
     def _next_slot(self) -> Optional[int]:
-        """None where every slot is needed."""
-        return choose(self._known, [slot.number for slot in self._known if self._is_needed(slot)])
+        """None where every slot is needed, or not ours."""
+        needed = [slot.number for slot in self._known if self._is_needed(slot)]
+        return choose(self._known, [*needed, *self._blocked])
 
     def _is_needed(self, slot: Slot) -> bool:
         """Whether it is frozen, or waits for the engine's word."""
         if slot.step == self._frozen_step:
             return True
-        is_of_now = not slot.certified and slot.time_ns >= self._since_ns
+        is_of_now = not slot.certified and slot.sequence > self._since
         return is_of_now and slot.step + _WINDOW >= self._judged
 
     def _find(self, step: int) -> Slot:
@@ -255,13 +255,16 @@ class CheckpointRing:
             raise ValueError(wrong)
         model, optimizer, scheduler, _ = self._training
         restore(slot.path, model, optimizer, scheduler)
-        self._known = self._slots.all()
+        self._look()
 
-    def _anchor(self) -> Mapping[str, Any]:
-        try:
-            return read_json(self._slots.folder / ANCHOR)
-        except (OSError, ValueError):  # none yet, or somebody edited it
-            return {}
+    def _look(self) -> None:
+        """What lies in the slots; what is not ours there, or cannot be read, is told once."""
+        self._known, self._blocked = self._slots.all(), self._slots.blocked()
+        for why in self._blocked.values():
+            cause = f"a checkpoint's place is left alone: {why}"
+            if cause not in self._faults.counts:
+                self._say(cause)
+                self._faults.count(cause)
 
     def _tell_saved(self) -> None:
         while self._saved:
@@ -338,7 +341,7 @@ class CheckpointRing:
                 self._slots.discard(draft)
                 raise
         finally:
-            self._known = self._slots.all()
+            self._look()
             self._snapshot.release()
             if self._state == "writing":
                 self._state = "ready"
@@ -353,34 +356,20 @@ class CheckpointRing:
 
     def _certify(self, action: Action) -> None:
         step = int(action.parameters["checkpoint_step"])
-        slot = self._slots.certify(step, {"step": step, "certified_at_step": action.step})
-        self._known = self._slots.all()
+        about = {"step": step, "certified_at_step": action.step}
+        slot = self._slots.certify(step, about, after=self._since)
+        self._look()
         if slot is None or step <= self._frozen_step:
             return
         self._frozen_step = -1
-        write_json(self._slots.folder / ANCHOR, self._point(slot))
+        write_anchor(self._slots.folder, slot)
 
     def _freeze(self, action: Action, step: int) -> None:
         try:
             found = self._find(step)
         except ValueError:  # it has been overwritten since: the anchor stays what it was
             return
-        fault = {
-            "onset_step": action.parameters["onset_step"],
-            "frozen_at_step": action.step,
-            "verdicts": list(action.verdict_ids),
-            "reason": action.reason,
-        }
-        write_json(self._slots.folder / ANCHOR, {**self._point(found), **fault})
-
-    def _point(self, slot: Slot) -> Dict[str, Any]:
-        return {
-            "step": slot.step,
-            "path": str(slot.path),
-            "run_id": slot.run_id,
-            "checksum": slot.checksum,
-            **_NO_FAULT,
-        }
+        write_anchor(self._slots.folder, found, action)
 
     def _event(self, slot: Slot) -> Dict[str, Any]:
         return {

@@ -205,7 +205,12 @@ class StepProbe:
             of = [named.layer for named in seconds]
             self._readings.put(least, lambda values: check.take_minima(step, of, values))
         for key in {key for _, key in state.tensors}:
-            named = [each for (_, name), each in state.tensors.items() if name == key]
+            # scalars keep accounts (NAdam's mu_product goes to zero): only their checksums count
+            named = [
+                each
+                for (_, name), each in state.tensors.items()
+                if name == key and each.tensor.dim()
+            ]
             self._put_norms(key, self._in_turn(key, named, whole=True))
 
     def _put_norms(self, key: str, named: List[Named]) -> None:

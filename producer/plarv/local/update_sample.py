@@ -78,8 +78,9 @@ class UpdateSample:
                 continue
             weights = _blocks(torch, tensor)
             gradient = tensor.grad if with_gradients else None
-            if gradient is not None and gradient.layout is torch.strided:
-                gradient = _blocks(torch, gradient)
+            if gradient is not None:  # a sparse one says little of the rows that are sampled
+                is_dense = gradient.layout is torch.strided
+                gradient = _blocks(torch, gradient) if is_dense else None
             group = groups.setdefault((weights.device, weights.dtype), _Group([], [], []))
             group.layers.append(layer)
             group.weights.append(weights)

@@ -19,7 +19,8 @@ from tests.integration.live import LiveRun
 from tests.producer.processes import environment
 
 from plarv import Argus
-from plarv.checkpoints.slots import ANCHOR, Slots, read_json
+from plarv.checkpoints.anchor import ANCHOR
+from plarv.checkpoints.slots import Slots, read_json
 from plarv.exceptions import ArgusError, ArgusPause
 from plarv_schemas.events import Action, ControlEvent, StepEvent
 from plarv_schemas.run_log import read_run
