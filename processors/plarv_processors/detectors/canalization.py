@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Dict, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
+from plarv_processors.detectors.local_evidence import in_layers, local_score
 from plarv_processors.windows import RobustWindow
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, Level, StepEvent, Verdict, VerdictState
 
@@ -246,7 +247,7 @@ class Canalization:
             score=float(reports) if local else max(past.median - self._last, 0.0) / self._scale(),
             threshold=float(self.config.local_reports) if local else self.config.fall_z,
             evidence=self._evidence(event),
-            message=self._message(state, reports, local),
+            message=self._message(state, reports, local) + self._where(event, state),
         )
 
     def _evidence(self, event: StepEvent) -> Dict[str, float]:
@@ -259,6 +260,9 @@ class Canalization:
             "representation_reports": float(self._representation),
             "attention_reports": float(self._attention),
         }
+        if self._kind != "narrowed":
+            check = _REPRESENTATION if self._representation >= self._attention else _ATTENTION
+            evidence.update(local_score(event, check))
         if event.grad_l1_norm is not None and event.grad_l2_norm is not None:
             evidence["grad_l1_norm"] = event.grad_l1_norm
             evidence["grad_l2_norm"] = event.grad_l2_norm
@@ -278,6 +282,9 @@ class Canalization:
         if self._kind == "confirmed":
             what += f"; a local collapse check has been critical in {reports} reports in a row"
         return what
+
+    def _where(self, event: StepEvent, state: VerdictState) -> str:
+        return "" if state == "resolved" or self._kind == "narrowed" else in_layers(event)
 
 
 def _exp(x: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Dict, List, Mapping, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
+from plarv_processors.detectors.local_evidence import in_layers, local_score
 from plarv_processors.fleet_statistics import Pace, PeerTimes, Replicas, Slowness
 from plarv_schemas.events import LOCAL_CHECKS, Level, StepEvent, Verdict, VerdictState
 
@@ -291,11 +292,8 @@ class FleetSkew:
             self._calm = 0
             return
         rank = ill[0].rank
-        scores = ill[0].local_scores or ()
-        evidence = {"ranks": float(len(ill))}
-        if len(scores) > _HARDWARE:
-            evidence["score"] = float(scores[_HARDWARE])
-        message = f"the hardware check of rank {rank} is critical"
+        evidence = {"ranks": float(len(ill)), **local_score(ill[0], _HARDWARE)}
+        message = f"the hardware check of rank {rank} is critical{in_layers(ill[0])}"
         message += f", as on {len(ill) - 1} more" if len(ill) > 1 else ""
         level = float(_hardware_level(ill[0]))
         self._raise(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
+from plarv_processors.detectors.local_evidence import in_layers, local_score
 from plarv_processors.windows import RobustWindow
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, Level, StepEvent, Verdict, VerdictState
 
@@ -26,9 +27,10 @@ class GradientCollapse:
     noise; batches that differ in loss and not in gradient are no convergence. The window (one
     gradient in ``thin`` once it is full) takes no gradient while one is that low.
 
-    *blocked_layers* (warn): the local checks of activations and of gradient flow are both critical
-    in ``local_reports`` reports in a row; critical when the norm is below ``local_ratio`` of its
-    median too.
+    *blocked_layers* (warn): the local check of gradient flow is critical in ``local_reports``
+    reports in a row, with that of dead activations or with a gradient norm of at most
+    ``local_calm`` times its median (that check fires on gradients that explode, too); critical when
+    the norm is below ``local_ratio`` of its median.
 
     A norm of exactly 0.0 from the start was not computed; later it counts as low, unless the loss
     is 0.0 too (a policy step without advantage) or such runs of zeros have come and gone before: it
@@ -66,6 +68,7 @@ class GradientCollapse:
         recover_window: int = 10  # gradients in a row, or local reports, to resolve
         local_reports: int = 5  # local reports in a row
         local_ratio: float = 0.1  # of the median: the run's own evidence for blocked layers
+        local_calm: float = 2.0  # times the median: more is no gradient that vanishes
         loss_window: int = 16  # losses whose median is the level of the loss
         solved_share: float = 0.02  # of the first level of a positive loss
         learned_share: float = 0.1  # of the first level, that a loss fell by to have learned at all
@@ -77,6 +80,8 @@ class GradientCollapse:
                 raise ValueError("min_history must be between 8 and window")
             if not 0 < self.ratio <= self.recover_ratio <= self.local_ratio < 1:
                 raise ValueError("ratio <= recover_ratio <= local_ratio must lie in (0, 1)")
+            if not self.local_calm >= 1.0:
+                raise ValueError("local_calm must be at least 1")
             if not 1 <= self.sparse_points <= self.patience:
                 raise ValueError("sparse_points must be between 1 and patience")
             if min(self.thin, self.outlast, self.recover_window, self.local_reports) < 1:
@@ -109,7 +114,7 @@ class GradientCollapse:
         self._losses = RobustWindow(self.config.loss_window)
         self._first: Optional[float] = None  # level of the loss
         self._best = 0.0  # lowest level of the loss
-        self._blocked = 0  # local reports in a row with both checks critical
+        self._blocked = 0  # local reports in a row that say so
         self._blocked_since = 0
         self._clean = 0  # in a row towards a resolution: gradients, or local reports
         self._kind: Optional[str] = None  # of the open verdict
@@ -189,7 +194,9 @@ class GradientCollapse:
         if len(levels) <= max(_SPARSITY, _FLOW):
             return ()
         config = self.config
-        if levels[_SPARSITY] < _CRITICAL or levels[_FLOW] < _CRITICAL:
+        if levels[_FLOW] < _CRITICAL or not (
+            levels[_SPARSITY] >= _CRITICAL or self._is_calm(event.grad_norm)
+        ):
             self._blocked = 0
             if self._kind != "blocked_layers":
                 return ()
@@ -208,6 +215,10 @@ class GradientCollapse:
         self._kind, self._critical = "blocked_layers", critical
         self._onset = self._blocked_since
         return (self._verdict(event, "critical" if critical else "warn", state),)
+
+    def _is_calm(self, grad: Optional[float]) -> bool:
+        """Whether the gradient is known, and no larger than usual."""
+        return grad is not None and 0.0 <= grad <= self.config.local_calm * self._median()
 
     def _resolve(self, event: StepEvent) -> Tuple[Verdict, ...]:
         resolved = self._verdict(event, "ok", "resolved")
@@ -262,8 +273,9 @@ class GradientCollapse:
         elif blocked:
             what = (
                 f"layers receive no gradient in {self._blocked} local reports in a row since step "
-                f"{self._onset}; gradient norm {grad:.4g}, median {median:.4g}"
+                f"{self._onset}; gradient norm {grad:.4g}, median {median:.4g}{in_layers(event)}"
             )
+            evidence.update(local_score(event, _FLOW))
         else:
             what = (
                 f"gradient norm {grad:.4g} has been below {self.config.ratio:g} of its median "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
+from plarv_processors.detectors.local_evidence import in_layers, local_score
 from plarv_processors.windows import RobustWindow
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, Level, StepEvent, Verdict, VerdictState
 
@@ -318,6 +319,9 @@ class GradientExplosion:
             f"{self._high} of {self._watched} points since step {self._onset}{loss_text}",
             "resolved": f"gradient norm {grad:.4g}, the explosion of step {self._onset} is over",
         }[state]
+        if state != "resolved" and _flow_critical(event):
+            what += "; the local gradient check agrees" + in_layers(event)
+            evidence.update(local_score(event, _FLOW))
         return verdict(
             self,
             event,

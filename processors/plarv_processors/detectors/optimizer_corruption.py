@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Dict, Optional, Tuple
 
 from plarv_processors.detectors.detector import Scope, fingerprint, verdict
+from plarv_processors.detectors.local_evidence import in_layers, local_score
 from plarv_processors.windows import RobustWindow
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS, Level, StepEvent, Verdict, VerdictState
 
@@ -367,7 +368,7 @@ class OptimizerCorruption:
             score=self._score,
             threshold=threshold,
             evidence=self._evidence(event),
-            message=self._message(state),
+            message=self._message(event, state),
         )
 
     def _evidence(self, event: StepEvent) -> Dict[str, float]:
@@ -383,17 +384,22 @@ class OptimizerCorruption:
             "local_reports": float(self._local),
         }
         seen = {name: getattr(event, name) for name in ("update_norm", "current_lr", "grad_norm")}
+        if self._local:
+            evidence.update(local_score(event, _HEALTH))
         evidence.update((name, value) for name, value in seen.items() if value is not None)
         return evidence
 
-    def _message(self, state: VerdictState) -> str:
+    def _message(self, event: StepEvent, state: VerdictState) -> str:
         if state == "resolved":
             return f"updates follow lr and gradient again, the fault of step {self._onset} is over"
         if self._kind == "local_only":
-            return f"the local optimizer check is critical in {self._local} reports in a row"
+            what = f"the local optimizer check is critical in {self._local} reports in a row"
+            return what + in_layers(event)
         if self._zeros:
             what = f"{self._zeros} updates in a row since step {self._since} moved no weight"
         else:
             what = f"the update is {self._ratio:.3g} times what lr and gradient explain, "
             what += f"{max(self._odd, 1)} updates in a row since step {self._onset}"
-        return what + ("; the local optimizer check agrees" if self._kind == "confirmed" else "")
+        if self._kind != "confirmed":
+            return what
+        return what + "; the local optimizer check agrees" + in_layers(event)

@@ -176,11 +176,47 @@ def test_layers_without_gradient_warn_and_become_critical_with_the_norm() -> Non
     ]
 
 
-def test_one_local_check_alone_is_silent() -> None:
-    for check in ("activation_sparsity", "gradient_flow"):
-        levels = tuple(2 if name == check else 0 for name in LOCAL_CHECKS)
-        reports = dict.fromkeys(range(0, 600, 10), levels)
-        assert replay(run_of(600, normal), reports=reports) == []
+def only(check: str) -> Tuple[int, ...]:
+    return tuple(2 if name == check else 0 for name in LOCAL_CHECKS)
+
+
+def test_dead_activations_alone_are_silent() -> None:
+    reports = dict.fromkeys(range(0, 600, 10), only("activation_sparsity"))
+    assert replay(run_of(600, normal), reports=reports) == []
+
+
+def test_layers_without_gradient_warn_alone_once_the_norm_is_known() -> None:
+    reports = dict.fromkeys(range(0, 600, 10), only("gradient_flow"))
+    assert marks(replay(run_of(600, normal), reports=reports)) == [
+        (60, "blocked_layers", "warn", "opened")
+    ]
+    unknown = [(step, loss, None, lr) for step, loss, _, lr in run_of(600, normal)]
+    assert replay(unknown, reports=reports) == []
+
+
+def test_a_flow_check_that_fires_on_an_explosion_is_no_blockage() -> None:
+    def exploding(index: int, noise: float) -> float:
+        return (1e3 if index >= 300 else 1.0) * math.exp(noise)
+
+    reports = dict.fromkeys(range(300, 330), only("gradient_flow"))
+    assert replay(run_of(330, exploding), reports=reports) == []
+
+
+def test_the_verdict_names_the_worst_layers_and_the_checks_score() -> None:
+    detector = GradientCollapse()
+    found: List[Verdict] = []
+    for step, loss, grad, _ in run_of(100, normal):
+        ill = step >= 60
+        event = StepEvent(
+            "run", "s", step, 0, step, loss=loss, grad_norm=grad,
+            local_levels=only("gradient_flow") if ill else ALL_OK,
+            local_scores=(12.5,) * len(LOCAL_CHECKS),
+            local_layers=("h.3.mlp", "h.2.mlp") if ill else (),
+        )  # fmt: skip
+        found.extend(detector.update(event))
+    (verdict,) = found
+    assert verdict.message.endswith("(layers h.3.mlp, h.2.mlp)")
+    assert verdict.evidence["local_score"] == 12.5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, None])
