@@ -230,6 +230,19 @@ def test_the_folder_of_another_process_is_left_alone(
     training.argus.complete()
 
 
+def test_a_place_that_is_not_ours_is_told_and_the_others_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "ring" / "slot-0" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    training = Training(tmp_path / "ring", monkeypatch, silent=False)
+    training.until(lambda: bool(training.certified()))
+    training.argus.complete()
+    assert capsys.readouterr().err.count(f"left alone: {mine.parent}") == 1
+    assert mine.read_text() == "mine"
+
+
 def test_a_model_is_needed_and_a_folder_that_takes_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
