@@ -6,19 +6,23 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 from plarv_schemas.events import LEVELS, LOCAL_CHECKS
 
-__all__ = ["local_columns"]
+__all__ = ["local_columns", "report_dict"]
 
 _MAX_LAYERS = 8
 
 
-def local_columns(report: Any) -> Dict[str, Any]:
-    """``local_levels``, ``local_scores``, ``local_layers`` of a report or of its ``to_dict()``.
+def report_dict(report: Any) -> Mapping[str, Any]:
+    """A report as a dict, or the ``to_dict()`` that was given. TypeError where it is no report."""
+    to_dict = getattr(report, "to_dict", None)
+    return _mapping(to_dict() if callable(to_dict) else report)
+
+
+def local_columns(data: Mapping[str, Any]) -> Dict[str, Any]:
+    """``local_levels``, ``local_scores``, ``local_layers`` of a report's ``to_dict()``.
 
     A check that the report does not have is ok with a score of NaN. TypeError where it is no
     report.
     """
-    to_dict = getattr(report, "to_dict", None)
-    data = _mapping(to_dict() if callable(to_dict) else report)
     checks = _mapping(data.get("checks"))
     levels: List[int] = []
     scores: List[float] = []

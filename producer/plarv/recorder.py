@@ -6,12 +6,12 @@ import math
 import struct
 import time
 from collections import deque
-from typing import Any, Deque, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Deque, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from plarv.columns import INTEGER_COLUMNS, LISTS, TIMINGS, ColumnReader
 from plarv.device_scalars import Pending, ScalarReader
 from plarv.faults import Faults
-from plarv.local_report import local_columns
+from plarv.local_report import local_columns, report_dict
 from plarv.signals import ModelSignals
 from plarv_schemas.journal import (
     CORE,
@@ -22,6 +22,9 @@ from plarv_schemas.journal import (
     pack_full,
 )
 from plarv_schemas.journal_writer import JournalWriter
+
+if TYPE_CHECKING:
+    from plarv.local.kept_reports import ReportKeeper
 
 __all__ = ["Recorder"]
 
@@ -53,6 +56,7 @@ class Recorder:
         self, writer: JournalWriter, columns: ColumnReader, signals: ModelSignals, faults: Faults
     ) -> None:
         self._writer = writer
+        self._reports: Optional[ReportKeeper] = None
         self._columns = columns
         self._signals = signals
         self._faults = faults
@@ -74,7 +78,9 @@ class Recorder:
         columns = self._columns.read(lists, problems) if lists else {}
         if local_report is not None:
             try:
-                columns.update(local_columns(local_report))
+                report = report_dict(local_report)
+                columns.update(local_columns(report))
+                self._keep(step, report)
             except Exception:  # noqa: BLE001 - anybody's object
                 problems.append("local_report was no LocalDetector's report, nor its to_dict()")
         every = {"loss": loss, "grad_norm": grad_norm, **given}
@@ -98,6 +104,11 @@ class Recorder:
             self._write(names, begun, columns, clock_ns, step)
         return problems
 
+    def tend(self) -> None:
+        """From the background: brings local reports to the disk."""
+        if self._reports is not None:
+            self._reports.write()
+
     def drain(self) -> None:
         """Writes the steps whose scalars have come, in order. Never waits."""
         under_way = self._under_way
@@ -113,6 +124,7 @@ class Recorder:
         """Settles, and gives back what copies the scalars."""
         self.settle(timeout_s)
         self._scalars.close()
+        self.tend()
 
     def settle(self, timeout_s: float) -> None:
         """Waits for the rest up to ``timeout_s`` and writes it, with what has come by then."""
@@ -123,6 +135,16 @@ class Recorder:
                 break
         while self._under_way:
             self._finish(self._under_way.popleft())
+
+    def _keep(self, step: int, report: Mapping[str, Any]) -> None:
+        if self._reports is None:
+            from plarv.local.kept_reports import LOCAL_FOLDER, ReportKeeper
+
+            writer = self._writer
+            self._reports = ReportKeeper(
+                writer.folder / LOCAL_FOLDER, writer.session, writer.rank, self._faults
+            )
+        self._reports.take(step, report)
 
     def _finish(self, step: _Step) -> None:
         """Writes a step with what has come of it."""

@@ -315,6 +315,7 @@ class Session:
     def _tend(self) -> None:
         if self._agreement is not None:
             self._agreement.tend()
+        self._recorder.tend()
         if not self._signals.active:
             self._look_at_rate()
 

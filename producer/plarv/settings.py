@@ -30,6 +30,10 @@ SETTINGS: Mapping[str, Tuple[str, str]] = {
         "steps between two checkpoints at least; 0: as often as it costs under 1%",
     ),
     "ARGUS_JOURNAL_MAX_MB": ("1024", "bound of one run's journal on disk, in MiB"),
+    "ARGUS_LOCAL_MAX_MB": (
+        "16",
+        "bound of one run's local reports on disk, in MiB; 0: none are kept",
+    ),
     "ARGUS_SHUTDOWN_TIMEOUT": ("2.0", "seconds that the exit may take at most"),
     "ARGUS_API_KEY": (
         "",

@@ -295,7 +295,6 @@ class GradientExplosion:
     def _verdict(self, event: StepEvent, level: Level, state: VerdictState) -> Verdict:
         grads, losses = self._grads, self._losses
         grad, median = self._last, _exp(grads.median)
-        loss_z = self._loss_rise(event.loss)[1]
         evidence = {
             "grad_norm": grad,
             "median": median,
@@ -304,14 +303,15 @@ class GradientExplosion:
             "watched": float(self._watched),
             "support": float(self._support),
             "history": float(grads.count),
-            "loss_z": loss_z,
+            "loss_z": self._loss_rise(event.loss)[1],
             "local_critical": float(_flow_critical(event)),
+            **local_score(event, _FLOW),
         }
-        loss_text = ""
+        loss_text = _agreement(event)
         if event.loss is not None and losses.count:
             loss_median = _exp(losses.median) if self._log else losses.median
             evidence.update(loss=event.loss, loss_median=loss_median)
-            loss_text = f", loss {event.loss:.4g} (median {loss_median:.4g})"
+            loss_text = f", loss {event.loss:.4g} (median {loss_median:.4g}){loss_text}"
         what = {
             "opened": f"gradient norm {grad:.4g} is {grad / median:.3g} times its median "
             f"{median:.4g}{loss_text}",
@@ -319,9 +319,6 @@ class GradientExplosion:
             f"{self._high} of {self._watched} points since step {self._onset}{loss_text}",
             "resolved": f"gradient norm {grad:.4g}, the explosion of step {self._onset} is over",
         }[state]
-        if state != "resolved" and _flow_critical(event):
-            what += "; the local gradient check agrees" + in_layers(event)
-            evidence.update(local_score(event, _FLOW))
         return verdict(
             self,
             event,
@@ -339,6 +336,10 @@ class GradientExplosion:
 def _exp(x: float) -> float:
     """exp(x), kept between the smallest and the largest normal double."""
     return math.exp(min(max(x, -708.0), 709.0))
+
+
+def _agreement(event: StepEvent) -> str:
+    return f"; the local gradient check agrees{in_layers(event)}" if _flow_critical(event) else ""
 
 
 def _flow_critical(event: StepEvent) -> bool:

@@ -96,9 +96,7 @@ class OptimizerCorruption:
             if not 2 <= self.patience <= min(self.severe_after, self.never_moved):
                 raise ValueError("patience must be at least 2 and at most the longer waits")
             if min(self.double_patience, self.outlast, self.local_reports, self.calm_window) < 1:
-                raise ValueError(
-                    "double_patience, outlast, local_reports, calm_window must be >= 1"
-                )
+                raise ValueError("outlast and the numbers of updates and reports must be >= 1")
             if not (self.lr_jump > 1 and self.settle >= 0):
                 raise ValueError("lr_jump must be above 1 and settle not negative")
             if not (0.0 <= self.other_share <= 1.0 and self.adopt_after >= 1):
@@ -117,9 +115,7 @@ class OptimizerCorruption:
         self.version = fingerprint(self.name, self.config)
         self._log_double = math.log(self.config.double_ratio)
         self._adam = RobustWindow(self.config.window, refresh=16)  # log update - log lr
-        self._sgd = RobustWindow(
-            self.config.window, refresh=16
-        )  # log update - log lr - log gradient
+        self._sgd = RobustWindow(self.config.window, refresh=16)  # and less the log gradient
         self._peak = 0.0  # learning rate
         self._grad = 0.0  # of the last update, to know a skipped step's stale value
         self._lr = 0.0  # of the last update
@@ -382,10 +378,9 @@ class OptimizerCorruption:
             "law_grad": math.exp(min(sgd.median, 700.0)),
             "law_grad_scale": max(sgd.scale, floor),
             "local_reports": float(self._local),
+            **local_score(event, _HEALTH),
         }
         seen = {name: getattr(event, name) for name in ("update_norm", "current_lr", "grad_norm")}
-        if self._local:
-            evidence.update(local_score(event, _HEALTH))
         evidence.update((name, value) for name, value in seen.items() if value is not None)
         return evidence
 
@@ -393,13 +388,13 @@ class OptimizerCorruption:
         if state == "resolved":
             return f"updates follow lr and gradient again, the fault of step {self._onset} is over"
         if self._kind == "local_only":
-            what = f"the local optimizer check is critical in {self._local} reports in a row"
-            return what + in_layers(event)
+            reports = f"{self._local} reports in a row"
+            return f"the local optimizer check is critical in {reports}{in_layers(event)}"
         if self._zeros:
             what = f"{self._zeros} updates in a row since step {self._since} moved no weight"
         else:
             what = f"the update is {self._ratio:.3g} times what lr and gradient explain, "
             what += f"{max(self._odd, 1)} updates in a row since step {self._onset}"
-        if self._kind != "confirmed":
-            return what
-        return what + "; the local optimizer check agrees" + in_layers(event)
+        if self._kind == "confirmed":
+            what += f"; the local optimizer check agrees{in_layers(event)}"
+        return what

@@ -239,7 +239,7 @@ def test_the_report_is_what_the_engine_takes() -> None:
     assert tuple(data["checks"]) == LOCAL_CHECKS
     assert set(data["checks"]["loss_spike"]) == {"level", "score", "threshold", "layers", "message"}
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert local_columns(report)["local_levels"] == (0,) * 10
+    assert local_columns(report.to_dict())["local_levels"] == (0,) * 10
     assert "ok" in report.summary()
 
 
