@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple, cast
 
 from plarv.faults import Guard
 from plarv.local.layers import Site, SiteHook, is_out_of_reach
@@ -15,6 +15,7 @@ _EVERY = 6  # steps from one look at a layer to the next
 _FEATURES = 128  # of twice as many or more
 _BLOCK = 16
 _MIN_ROWS = 8
+_SEARCHED = 8  # values of a container
 _CLUMPED = 0.98  # of the largest magnitude
 _DEAD = 1e-3  # of the layer's RMS
 
@@ -52,6 +53,7 @@ class ActivationProbe:
         self._samples: Dict[Any, List[Tuple[str, Any]]] = {}
         self._takers: List[Taker] = []
         self._step = 0
+        self.unseen: Dict[str, None] = {}  # sites whose output is no tensor, in order
         self.last_name = ""  # of the site that was called last: attention is named by it
 
     def attach(self, takers: List[Taker], is_compiling: Callable[[], bool]) -> None:
@@ -100,10 +102,17 @@ class ActivationProbe:
         if self._guard.failures > 8:
             return
         with self._guard, torch.no_grad():
-            tensor = _tensor_of(torch, output)
-            if tensor is None or tensor.numel() == 0 or is_out_of_reach(torch):
+            if is_out_of_reach(torch):
                 return
             self._called.add(index)
+            tensor = _tensor_of(torch, output)
+            if tensor is None:
+                self.unseen[site.name] = None
+                return
+            if tensor.numel() == 0:
+                self._called.discard(index)
+                return
+            self.unseen.pop(site.name, None)
             self._due.discard(index)
             self._measure(site, tensor, site.name + "|output")
             given = _tensor_of(torch, arguments) if site.has_weights else None
@@ -139,7 +148,7 @@ class ActivationProbe:
         self._readings.put(vector, take)
 
 
-def _tensor_of(torch: Any, value: Any) -> Optional[Any]:
+def _tensor_of(torch: Any, value: Any, depth: int = 2) -> Optional[Any]:
     """The first plain floating-point tensor in what a module takes or returns."""
     if isinstance(value, torch.Tensor):
         plain = type(value) in (torch.Tensor, torch.nn.Parameter)
@@ -148,9 +157,23 @@ def _tensor_of(torch: Any, value: Any) -> Optional[Any]:
         if usable and wrapped is not None and wrapped.is_functorch_wrapped_tensor(value):
             return None
         return value if usable and value.device.type != "meta" else None
-    if hasattr(value, "values"):
-        value = tuple(value.values())
-    return _tensor_of(torch, value[0]) if type(value) in (tuple, list) and value else None
+    if depth:
+        for each in _inside(value):
+            found = _tensor_of(torch, each, depth - 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _inside(value: Any) -> List[Any]:
+    """What a tuple, list, dict or dataclass holds, the first few of it."""
+    if isinstance(value, dict):
+        value = list(cast(Any, value).values())
+    elif not isinstance(value, (tuple, list)):
+        fields = getattr(cast(Any, type(value)), "__dataclass_fields__", ())
+        value = [getattr(value, name, None) for name in fields]
+    found: List[Any] = list(cast(Any, value))[:_SEARCHED]
+    return found
 
 
 def _sample(tensor: Any, channels_first: bool) -> Optional[Any]:

@@ -40,7 +40,7 @@ class AttentionProbe:
         self._guard = guard
         self._handles: List[Any] = []
         self._seen: Set[str] = set()
-        self._modes: Dict[int, List[Any]] = {}
+        self._modes: Dict[int, Any] = {}  # by thread
         self._due = True
         self._step = 0
         self._take: Optional[Taker] = None
@@ -76,20 +76,22 @@ class AttentionProbe:
         ]
 
     def detach(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks, and what an interrupted forward left behind on this thread."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._clear()
 
     def begin(self, step: int, suspicious: bool) -> None:
         """A new step."""
+        self._clear()
         self._step = step
         self._seen = set()
         self._due = step % _EVERY == 0 or suspicious
 
     def enter(self) -> None:
         """The forward begins."""
-        stack = self._modes.setdefault(threading.get_ident(), [])
+        self._clear()
         mode = None
         if self._due and self._torch.is_grad_enabled() and self._guard.failures <= 8:
             with self._guard:
@@ -97,14 +99,27 @@ class AttentionProbe:
                     mode = self._watch()
                     mode.shown_to = self
                     mode.__enter__()
-        stack.append(mode)
+        if mode is not None:
+            self._modes[threading.get_ident()] = mode
 
     def leave(self) -> None:
         """The forward has ended, one way or the other."""
-        stack = self._modes.get(threading.get_ident())
-        mode = stack.pop() if stack else None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Takes this thread's mode off. KeyboardInterrupt ends a forward without any hook."""
+        mode = self._modes.pop(threading.get_ident(), None)
+        if mode is None:
+            return
+        functions = self._torch._C
+        above: List[Any] = []
+        while functions._len_torch_function_stack():
+            top = functions._pop_torch_function_stack()
+            if top is mode:
+                break
+            above.append(top)
+        for each in reversed(above):
+            functions._push_on_torch_function_stack(each)
 
     def saw(self, function: Any, arguments: Tuple[Any, ...], named: Dict[str, Any]) -> None:
         """One of ``functions`` was called during a watched forward."""

@@ -21,6 +21,7 @@ from plarv_schemas.events import LEVELS, LOCAL_CHECKS
 __all__ = ["LocalDetector"]
 
 _TREND_STEPS = 6
+_FOLLOWED_EVERY = 16  # steps: whether parameters came or went
 
 
 class LocalDetector:
@@ -40,6 +41,7 @@ class LocalDetector:
         self._given_optimizer = optimizer
         self._faults = Faults()
         self._guard = Guard("the local detector", self._faults)
+        self._loss_guard = Guard("the loss could not be read", self._faults)
         self._checks = Checks()
         self._step = 0
         self._attached = False
@@ -84,7 +86,7 @@ class LocalDetector:
 
     def step(self, loss: Any = None) -> LocalReport:
         """The report of this step; ``loss`` a number or a tensor, read without waiting."""
-        with self._guard:
+        with self._loss_guard:
             self._take_loss(loss)
         if self._probe is not None:
             self._probe.look()
@@ -98,6 +100,10 @@ class LocalDetector:
             report = self._report()
         self._step += 1
         with self._guard:
+            if self._step % _FOLLOWED_EVERY == 0 and self._probe is not None:
+                if self._probe.is_outdated():
+                    self.detach()
+                    self.attach()
             self._begin()
         return report
 
@@ -116,6 +122,7 @@ class LocalDetector:
             self._note("optimizer: it is none of torch's")
         readings = self._readings = Readings(torch, self._guard)
         guard = Guard("the optimizer's step could not be seen", self._faults)
+        self._checks.optimizer_health.forget_counters()
         probe = StepProbe(torch, model, optimizer, self._checks, readings, guard)
         self._probe = probe
         self._num_layers = len(probe.layers)
@@ -165,8 +172,10 @@ class LocalDetector:
             return
         spike = self._checks.loss_spike
         if self._readings is not None and hasattr(loss, "detach") and hasattr(loss, "numel"):
-            if loss.numel() == 1:
+            if loss.numel() == 1 and not loss.is_complex() and loss.device.type != "meta":
                 self._readings.put(loss.detach(), lambda values: spike.take(values[0]))
+            else:
+                self._faults.count(self._loss_guard.cause)
             return
         spike.take(float(loss))
 
@@ -178,6 +187,10 @@ class LocalDetector:
         notes = list(self._notes)
         if not self._attached:
             notes.append("anything but the loss: the detector is not attached")
+        unseen = list(self._activations.unseen) if self._activations is not None else []
+        if unseen:
+            more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+            notes.append(f"activations of {', '.join(unseen[:3])}{more}: they give no tensor")
         notes.extend(f"{cause} ({count} times)" for cause, count in self._faults.counts.items())
         return LocalReport(self._step, checks, self._num_layers, self._trend(), tuple(notes))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from plarv.tensors import local_part
 
@@ -43,6 +43,7 @@ class Checksums:
         self._part = 0
         self._views: Dict[Tuple[Hashable, int], _Known] = {}
         self._ends: Dict[Ends, Any] = {}
+        self.moved: Set[Hashable] = set()  # keys of tensors that were found lying elsewhere
 
     @property
     def num_views(self) -> int:
@@ -100,6 +101,8 @@ class Checksums:
             and known.view.data_ptr() == known.view_pointer
         ):
             return known.view
+        if known is not None and known.pointer != pointer:
+            self.moved.add(key)
         flat = flat_view(self._torch, tensor)
         lies_there = flat.data_ptr() == pointer  # else it is a copy
         view = self._integers(flat)

@@ -99,7 +99,7 @@ def find_sites(torch: Any, model: Any) -> List[Site]:
             continue
         if isinstance(module, convolution):
             sites.append(Site(name or kind, module, True, 0.0, True))
-        elif kind.endswith(_LINEAR) and getattr(module, "weight", None) is not None:
+        elif _is_linear(torch, module, kind) and getattr(module, "weight", None) is not None:
             sites.append(Site(name or kind, module, False, 0.0, True))
         elif any(word in kind for word in _ACTIVATIONS) and not module._parameters:
             centre = 0.5 if kind == "Sigmoid" else 0.0
@@ -112,6 +112,10 @@ def is_out_of_reach(torch: Any) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return True
     return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _is_linear(torch: Any, module: Any, kind: str) -> bool:
+    return isinstance(module, torch.nn.Linear) or kind.endswith(_LINEAR)
 
 
 def _is_compiled(module: Any) -> bool:

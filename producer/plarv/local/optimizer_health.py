@@ -86,6 +86,10 @@ class OptimizerHealth:
                 self._find(step, name.partition("|")[0], message)
         self._counters = counters
 
+    def forget_counters(self) -> None:
+        """Steps may have been taken that nobody saw."""
+        self._counters = {}
+
     def result(self, step: int) -> CheckResult:
         """What is known at ``step``."""
         found = self._findings.result(step, 1.0)

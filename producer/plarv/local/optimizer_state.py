@@ -15,7 +15,7 @@ _COUNTER = "step"
 class OptimizerState(NamedTuple):
     """What an optimizer remembers."""
 
-    tensors: Dict[Tuple[int, str], Named]  # by parameter's id and key
+    tensors: Dict[Tuple[int, str], Named]  # by a number of the parameter's state, and key
     counters: List[Tuple[str, Any]]  # by layer, the dictionary that holds a step counter
 
     def seconds(self) -> List[Named]:
@@ -62,6 +62,8 @@ class StateReader:
         self._optimizer = optimizer
         self._name_of = name_of
         self._makes_anew = False
+        self._places: Dict[int, Tuple[int, int]] = {}  # of parameters: number, id of the state
+        self._num_places = 0
         self.forget()
 
     def forget(self) -> None:
@@ -105,7 +107,7 @@ class StateReader:
                     self._read_one(parameter, state, self._name_of(parameter))
 
     def _read_one(self, parameter: Any, state: Any, layer: str) -> None:
-        place, layout = id(parameter), parameter.layout
+        place, layout = self._place(parameter, state), parameter.layout
         for key, value in state.items():
             is_tensor = isinstance(value, self._tensor_type)
             if key == _COUNTER:
@@ -115,6 +117,14 @@ class StateReader:
             self._entries.append(_Entry(state, key, value))
             if is_tensor and value.numel() and value.layout == layout:
                 self._found.tensors[place, str(key)] = Named(layer, value)
+
+    def _place(self, parameter: Any, state: Any) -> int:
+        """The same for as long as the parameter's state is: what was loaded or reset is another."""
+        known = self._places.get(id(parameter))
+        if known is None or (known[1] != id(state) and not self._makes_anew):
+            self._num_places += 1
+            known = self._places[id(parameter)] = (self._num_places, id(state))
+        return known[0]
 
 
 def _size(states: List[Any]) -> int:

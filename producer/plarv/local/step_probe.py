@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from typing import Any, Callable, Dict, List, Set, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
 
 from plarv.faults import Guard
 from plarv.local.checks import Checks
@@ -49,12 +49,13 @@ class StepProbe:
         guard: Guard,
     ) -> None:
         self._torch = torch
+        self._model = model
         self._optimizer = optimizer
         self._checks = checks
         self._readings = readings
         self.guard = guard
         self._names = layer_names(model)
-        self._parameters: List[Any] = _unique(model, optimizer)
+        self._parameters: List[Any] = _unique(torch, model, optimizer)
         on_device = any(parameter.device.type != "cpu" for parameter in self._parameters)
         elements = _DEVICE_ELEMENTS if on_device else _CPU_ELEMENTS
         total = sum(local_part(parameter).numel() for parameter in self._parameters)
@@ -110,6 +111,13 @@ class StepProbe:
         """Layers with parameters."""
         return {self.name_of(parameter) for parameter in self._parameters}
 
+    def is_outdated(self) -> bool:
+        """Whether parameters came or went since: a layer that was added, pruned, put in anew."""
+        known = {id(parameter) for parameter in self._parameters}
+        return known != {
+            id(parameter) for parameter in _unique(self._torch, self._model, self._optimizer)
+        }
+
     def begin(self, step: int) -> None:
         """A new step of the detector."""
         self._step = step
@@ -160,12 +168,12 @@ class StepProbe:
     def _compare(self) -> None:
         step, checks = self._step, self._checks
 
-        def put_weights(layers: Tuple[str, ...], flags: Any, by_code: int) -> None:
+        def put_weights(layers: Tuple[str, ...], flags: Any, written: Sequence[bool]) -> None:
             self._readings.put(
-                flags, lambda values: checks.hardware_integrity.take(step, layers, values, by_code)
+                flags, lambda values: checks.hardware_integrity.take(step, layers, values, written)
             )
 
-        def put_state(layers: Tuple[str, ...], flags: Any, _: int) -> None:
+        def put_state(layers: Tuple[str, ...], flags: Any, _: Sequence[bool]) -> None:
             self._readings.put(
                 flags, lambda values: checks.optimizer_health.take_changed(step, layers, values)
             )
@@ -236,7 +244,9 @@ class StepProbe:
             return
         self._gradients_seen = True
         context = self._context({self.name_of(parameter) for parameter in trainable})
-        context = context._replace(scaled=self._scaler.scale() is not None)
+        # a scaler is found at the first step that it does not skip: until then there may be one
+        may_skip = bool(self._handles) and self._num_steps == 0
+        context = context._replace(scaled=may_skip or self._scaler.scale() is not None)
         layers, norms = self._norms(named)
         if norms is not None:
             self._readings.put(norms, lambda values: check.take(step, layers, values, context))
@@ -297,7 +307,7 @@ class StepProbe:
         return [named[index] for index in chosen]
 
 
-def _unique(model: Any, optimizer: Any) -> List[Any]:
+def _unique(torch: Any, model: Any, optimizer: Any) -> List[Any]:
     """The optimizer's parameters, and the frozen ones of the model; all where there is none."""
     found: Dict[int, Any] = {}
     if optimizer is not None:
@@ -306,7 +316,8 @@ def _unique(model: Any, optimizer: Any) -> List[Any]:
     for parameter in model.parameters():
         if optimizer is None or not parameter.requires_grad:
             found.setdefault(id(parameter), parameter)
-    return [parameter for parameter in found.values() if is_tensor(parameter)]
+    is_lazy: Any = torch.nn.parameter.is_lazy  # not made yet
+    return [each for each in found.values() if is_tensor(each) and not is_lazy(each)]
 
 
 def _no_context(trainable: Set[str]) -> StepContext:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Hashable, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Mapping, NamedTuple, Sequence, Tuple
 
 from plarv.local.flat_integers import Checksums, Sums
 from plarv.local.multi_tensor import Named, Rolling
 
 __all__ = ["Unchanged"]
 
-Put = Callable[[Tuple[str, ...], Any, int], None]
+Put = Callable[[Tuple[str, ...], Any, Sequence[bool]], None]
 
 _SPARE = 64
+_LOW_HALF = 0xFFFFFFFF
 
 
 class _Likeness(NamedTuple):
@@ -47,20 +48,23 @@ class Unchanged:
         self._groups = self._checksums.of(chosen_keys, read)
 
     def compare(self, tensors: Mapping[Any, Named], put: Put) -> None:
-        """``put(layers, flags, by_code)``: 1.0 where a tensor changed, a vector a device.
+        """``put(layers, changes, written)``: what changed, and what torch knows to be written.
 
-        ``by_code`` counts tensors that torch knows to have been written. Each change shows once.
+        A change is 0.0, or 1.0 for a single bit, 2.0 for a single element, 3.0 for more. A vector a
+        device; each change shows once. What lies elsewhere than it lay counts as written.
         """
         now = {key: _likeness(tensors[key].tensor) for key in self._kept if key in tensors}
         same = [key for key, likeness in now.items() if likeness[:2] == self._kept[key][:2]]
         if not same:
             return
         written = {key for key in same if now[key].version != self._kept[key].version}
+        self._checksums.moved.clear()
         after = self._checksums.of(same, [tensors[key].tensor for key in same])
+        written |= self._checksums.moved
         before, self._groups = self._groups, after
         self._kept = {key: now[key] for key in same}
         for keys, flags in self._differences(before, after):
-            put(tuple(tensors[key].layer for key in keys), flags, len(written.intersection(keys)))
+            put(tuple(tensors[key].layer for key in keys), flags, [key in written for key in keys])
 
     def forget(self) -> None:
         """Nothing to compare with."""
@@ -71,7 +75,7 @@ class Unchanged:
     def _differences(
         self, before: List[Sums], after: List[Sums]
     ) -> List[Tuple[List[Hashable], Any]]:
-        """1.0 for each tensor that changed; in one vector a device."""
+        """How each tensor changed; in one vector a device."""
         found: Dict[Any, Tuple[List[Hashable], List[Any]]] = {}
         known = {sums.kind: sums for sums in before}
         for now in after:
@@ -85,13 +89,21 @@ class Unchanged:
             if now.keys:
                 names, flags = found.setdefault(now.kind[0], ([], []))
                 names.extend(now.keys)
-                flags.append((then.values != now.values).float())
-        return [(names, self._torch.cat(flags)) for names, flags in found.values()]
+                flags.append(now.values - then.values)
+        return [(names, _kinds_of_change(self._torch.cat(by))) for names, by in found.values()]
 
     def _picked(self, sums: Sums, keys: List[Hashable]) -> Sums:
         place = {key: index for index, key in enumerate(sums.keys)}
         values = [sums.values[place[key]] for key in keys]
         return sums._replace(keys=keys, values=self._torch.stack(values) if values else None)
+
+
+def _kinds_of_change(differences: Any) -> Any:
+    """One bit changes a sum by a power of two; one element of up to 32 bits leaves a half zero."""
+    sizes = differences.abs()
+    more_bits = (sizes & (sizes - 1)).bool()
+    in_both = (sizes >> 32).bool() & (sizes & _LOW_HALF).bool()
+    return sizes.bool().float() + more_bits.float() + (in_both & more_bits).float()
 
 
 def _likeness(tensor: Any) -> _Likeness:
