@@ -239,7 +239,8 @@ def test_a_place_that_is_not_ours_is_told_and_the_others_are_used(
     training = Training(tmp_path / "ring", monkeypatch, silent=False)
     training.until(lambda: bool(training.certified()))
     training.argus.complete()
-    assert capsys.readouterr().err.count(f"left alone: {mine.parent}") == 1
+    said = f"[argus] a checkpoint's place is left alone: {mine.parent}"
+    assert capsys.readouterr().err.count(said) == 1
     assert mine.read_text() == "mine"
 
 
