@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
 
 __all__ = [
     "CODES", "Entry", "digest_of", "encode_header", "read_header", "read_tensors",
@@ -20,7 +20,10 @@ __all__ = [
 
 CODES: Mapping[str, str] = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
+    "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 """Name of a torch dtype -> its code in the file. Any other dtype travels as bytes (U8), with
 ``raw:NAME`` in the metadata telling dtype and shape."""
@@ -30,6 +33,15 @@ _LENGTH = struct.Struct("<Q")
 _PIECE = 4 << 20  # bytes of one write: long enough to amortise the call, short enough to stop soon
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _DIGEST_BYTES = 16
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class Entry(NamedTuple):
@@ -97,9 +109,9 @@ def read_header(path: Path) -> Tuple[Tuple[Entry, ...], Dict[str, str], int]:
     start = _LENGTH.size + length
     try:
         table: Dict[str, Any] = json.loads(text)
-        metadata: Dict[str, str] = table.pop("__metadata__", {})
+        metadata = {str(name): str(value) for name, value in table.pop("__metadata__", {}).items()}
         entries = [_entry(name, fields) for name, fields in table.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} has a damaged header") from error
     entries.sort(key=lambda entry: (entry.begin, entry.size))
     end = 0
@@ -123,25 +135,37 @@ def read_tensors(path: Path, torch: Any) -> Dict[str, Any]:
         file.seek(start)
         if file.readinto(data) != len(data):
             raise ValueError(f"{path} was cut while it was read")
-    tensors: Dict[str, Any] = {}
-    for entry in entries:
-        dtype, shape = _DTYPES.get(entry.dtype, ""), entry.shape
-        raw = metadata.get(f"raw:{entry.name}")
-        if raw is not None:
-            described: List[Any] = json.loads(raw)
-            dtype, shape = described[0], tuple(described[1])
-        kind = getattr(torch, dtype, None)
-        if kind is None:
-            raise ValueError(f"{path}: {entry.name} has a dtype that this torch does not know")
-        if entry.size == 0:
-            tensors[entry.name] = torch.empty(shape, dtype=kind)
-            continue
-        flat = torch.frombuffer(data, dtype=torch.uint8, offset=entry.begin, count=entry.size)
-        tensors[entry.name] = flat.view(kind).view(shape)
-    for name, other in metadata.items():
-        if name.startswith("alias:"):
-            tensors[name[len("alias:") :]] = tensors[other]
+    try:
+        tensors = {entry.name: _tensor(entry, metadata, data, torch) for entry in entries}
+        for name, other in metadata.items():
+            if name.startswith("alias:"):
+                tensors[name[len("alias:") :]] = tensors[other]
+    except (*_DAMAGE, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: what its header says of a tensor is damaged ({error})"
+        ) from error
     return tensors
+
+
+def _tensor(entry: Entry, metadata: Mapping[str, str], data: bytearray, torch: Any) -> Any:
+    """Whatever it raises says that the header is damaged."""
+    dtype, shape = _DTYPES.get(entry.dtype, ""), entry.shape
+    raw = metadata.get(f"raw:{entry.name}")
+    if raw is not None:
+        dtype, sizes = json.loads(raw)
+        shape = tuple(sizes)
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{entry.name} has a dtype that this torch does not know")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{entry.name} has the shape {shape}")
+    if entry.size == 0:
+        empty = torch.empty(shape, dtype=kind, device="meta")
+        if empty.numel():
+            raise ValueError(f"{entry.name} has a shape, and no data")
+        return torch.empty(shape, dtype=kind)
+    flat = torch.frombuffer(data, dtype=torch.uint8, offset=entry.begin, count=entry.size)
+    return flat.view(kind).view(shape)
 
 
 def _entry(name: str, fields: Mapping[str, Any]) -> Entry:
