@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-__all__ = ["Checkpoint", "Checkpoints"]
+from plarv_schemas.events import CONFIRM_STEPS
+
+__all__ = ["CONFIRM_STEPS", "Checkpoint", "Checkpoints"]
 
 _NEVER = 1 << 62
 _MAX_KEPT = 8  # of each sort; a ring has three slots

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
-from plarv_processors.checkpoints import Checkpoint, Checkpoints
+from plarv_processors.checkpoints import CONFIRM_STEPS, Checkpoint, Checkpoints
 from plarv_processors.learning_rates import LearningRates
 from plarv_processors.responses import LADDER, harm_of, is_undone_by_rollback, response_to
 from plarv_schemas.events import Action, ActionKind, ControlEvent, Event, StepEvent, Verdict
@@ -65,7 +65,7 @@ class Policy:
         lr_factor: float = 0.5  # where no earlier learning rate explains the fault
         lr_jump: float = 2.0  # times the earlier one: then the learning rate is the cause
         lr_held: int = 8  # steps that the earlier one was held; the start of a warm-up is no jump
-        confirm_steps: int = 50  # a checkpoint's: the detectors confirm a fault within fewer
+        confirm_steps: int = CONFIRM_STEPS  # of a checkpoint
         max_rollbacks: int = 2  # in a row, without a newer certified checkpoint
         expiry_steps: int = 200  # an action not applied by then is void
         warn_budget: int = 20  # warnings in an attempt before they are only counted, per detector

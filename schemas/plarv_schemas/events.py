@@ -25,6 +25,7 @@ from typing import (
 
 __all__ = [
     "ACTION_KINDS",
+    "CONFIRM_STEPS",
     "LEVELS",
     "LIST_COLUMNS",
     "LOCAL_CHECKS",
@@ -85,6 +86,9 @@ ACTION_KINDS: Tuple[ActionKind, ...] = (
     "RESUME",
     "HALT",
 )
+
+CONFIRM_STEPS = 50
+"""Steps after a checkpoint in which the detectors confirm a fault; without one it is certified."""
 
 LOCAL_CHECKS: Tuple[str, ...] = (
     "activation_sparsity",

@@ -19,12 +19,11 @@ from plarv.checkpoints.slots import Slot, Slots, choose
 from plarv.checkpoints.snapshot import Snapshot
 from plarv.checkpoints.training_state import restore
 from plarv.faults import Faults
-from plarv_schemas.events import Action
+from plarv_schemas.events import CONFIRM_STEPS, Action
 from plarv_schemas.journal_writer import JournalWriter
 
 __all__ = ["CheckpointRing", "Recovery", "give_way"]
 
-_WINDOW = 50  # steps until one is certified: none is saved sooner after another
 _SNAPSHOT_SHARE = 0.01  # of the training's time
 _WRITE_SHARE = 0.05  # of the time that a disk is busy with it
 _SHARDED_STEPS = 500  # all ranks must save at one step, so none may go by its own clock
@@ -216,7 +215,7 @@ class CheckpointRing:
         least = self._every
         if not least and self._step_s > 0.0:
             cost = max(self._take_s / _SNAPSHOT_SHARE, self._write_s / _WRITE_SHARE)
-            least = max(_WINDOW, math.ceil(cost / self._step_s))
+            least = max(CONFIRM_STEPS, math.ceil(cost / self._step_s))
         return step - self._last >= least
 
     def _save(self, step: int) -> None:
@@ -240,7 +239,7 @@ class CheckpointRing:
         if slot.step == self._frozen_step:
             return True
         is_of_now = not slot.certified and slot.sequence > self._since
-        return is_of_now and slot.step + _WINDOW >= self._judged
+        return is_of_now and slot.step + CONFIRM_STEPS >= self._judged
 
     def _find(self, step: int) -> Slot:
         """The certified one of ``step``. ValueError: there is none."""
