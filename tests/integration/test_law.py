@@ -212,7 +212,7 @@ def copy_as_killed(folder: Path, copy: Path) -> None:
     that is made file by file must take them the other way round.
     """
     copy.mkdir()
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.is_file()]  # no local reports
     derived = [name for name in DERIVED if name in names]
     others = sorted(set(names) - set(derived), key=lambda name: (name.endswith(".journal"), name))
     for name in (*derived, *others):

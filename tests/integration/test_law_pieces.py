@@ -45,7 +45,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
                     del events[:some]
             run.complete()
             for path in run.folder.iterdir():
-                if path.suffix not in (".journal", ".key"):
+                if path.is_file() and path.suffix not in (".journal", ".key"):
                     path.unlink()
         yield run.folder
 
