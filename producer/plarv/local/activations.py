@@ -93,9 +93,11 @@ class ActivationProbe:
         site = self._sites[index]
         self.last_name = site.name
         torch = self._torch
-        if not torch.is_grad_enabled() and not site.module.training:
+        without_gradient = not torch.is_grad_enabled()
+        if without_gradient and not site.module.training:
             return  # an evaluation
-        if index not in self._due:
+        # checkpointing comes again with gradients; what does not is an evaluation in training mode
+        if without_gradient or index not in self._due:
             if type(output) is not torch.Tensor or output.numel():
                 self._called.add(index)
             return

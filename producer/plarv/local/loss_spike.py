@@ -18,6 +18,8 @@ _NOISE_FLOOR = 0.01  # of the loss's magnitude: a loss that hardly moves has som
 _LEARNT = 64  # steps in a row after which the new height is normal
 _RECENT = 9
 _OF_LARGEST = 0.4
+_LEARNT_SHARE = 0.05  # of the first losses: below it, noise is a matter of factors
+_LEAP = 30.0  # times the largest of the last few, which alone counts there
 
 
 class LossSpike:
@@ -26,7 +28,8 @@ class LossSpike:
     The score is (loss - m) / sigma, m the median of the last 9 losses and sigma the largest of 1.48
     times the median of the last 48 distances |loss - m|, 0.4 times the largest of them upwards, and
     1% of the loss. It warns from 8 on and is critical from 20 on, and at once where the loss is not
-    finite.
+    finite. A loss below 5% of the run's first ones has nearly been learnt, and varies by factors:
+    there it must also be 30 times the largest of the last 9.
 
     >>> check = LossSpike()
     >>> for step in range(30): check.take(2.0 + 0.1 * (step % 3))
@@ -43,6 +46,7 @@ class LossSpike:
         self._score = 0.0
         self._loss: Optional[float] = None
         self._ill = 0
+        self._first: Optional[float] = None  # the median of the run's first losses
 
     @property
     def is_finite(self) -> bool:
@@ -70,6 +74,7 @@ class LossSpike:
             self._ill = 0
         if self._ill == 0:
             if len(recent) == _RECENT:
+                self._first = recent.median if self._first is None else self._first
                 self._distances.add(abs(distance))
                 self._rises.add(max(0.0, distance))
             recent.add(loss)
@@ -87,7 +92,7 @@ class LossSpike:
         return CheckResult(level, self._score, _WARN, (), message if level != "ok" else "")
 
     def _score_of(self, distance: float, loss: float) -> float:
-        if len(self._distances) < _MIN_SEEN:
+        if len(self._distances) < _MIN_SEEN or self._is_learnt_noise(loss):
             return 0.0
         sigma = max(
             1.48 * self._distances.median,
@@ -96,3 +101,9 @@ class LossSpike:
             1e-12,
         )
         return min(max(0.0, distance / sigma), 1e9)
+
+    def _is_learnt_noise(self, loss: float) -> bool:
+        first = self._first
+        return first is not None and (
+            loss < _LEARNT_SHARE * first and loss < _LEAP * self._recent.largest
+        )
