@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -273,7 +273,7 @@ class Plain:
     """No optimizer of torch's, but of its form."""
 
     def __init__(self, parameters: Any, lr: float) -> None:
-        self.param_groups = [{"params": list(parameters), "lr": lr}]
+        self.param_groups: List[Dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
         self.state: Dict[Any, Any] = {}
 
     def step(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Dict, Tuple, Type
+from typing import Any, Dict, Tuple, Type, cast
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ class Scaled(Setting):
     """fp16 with a scaler that grows every 10 steps until it overflows, and skips a step."""
 
     def __init__(self) -> None:
-        self.scaler: Any = torch.amp.GradScaler("cpu", 2.0**16, growth_interval=10)  # type: ignore[attr-defined]
+        self.scaler: Any = torch.amp.GradScaler("cpu", 2.0**16, growth_interval=10)
 
     def around(self) -> Any:
         return torch.autocast("cpu", torch.float16)
@@ -264,7 +264,7 @@ class WeightNorm(Setting):
 class Pruned(Setting):
     def after(self, model: Any, optimizer: Any, step: int) -> None:
         if step == 60:  # half of the weights are held at zero from here on
-            prune.l1_unstructured(model.wide, "weight", 0.5)
+            cast(Any, prune).l1_unstructured(model.wide, "weight", 0.5)
 
 
 class Unfrozen(Setting):
