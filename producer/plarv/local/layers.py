@@ -7,6 +7,9 @@ from typing import Any, Callable, Dict, List, NamedTuple
 __all__ = ["Hook", "Site", "SiteHook", "find_sites", "is_out_of_reach", "layer_names", "unwrapped"]
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
+_WRAPPED_IN = (  # parts of a name that wrappers within the model put in
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+)  # fmt: skip
 _LINEAR = ("Linear", "Conv1D")
 _ACTIVATIONS = ("ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "ELU", "Mish", "Softplus", "Activation")
 
@@ -80,7 +83,7 @@ def layer_names(model: Any) -> Dict[int, str]:
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                found.setdefault(id(parameter), name or type(module).__name__)
+                found.setdefault(id(parameter), _plain(name) or type(module).__name__)
     return found
 
 
@@ -89,11 +92,12 @@ def find_sites(torch: Any, model: Any) -> List[Site]:
     convolution = torch.nn.modules.conv._ConvNd
     closed: List[str] = []
     sites: List[Site] = []
-    for name, module in model.named_modules():
+    for full_name, module in model.named_modules():
         if _is_compiled(module):
-            closed.append(name)
-        if any(name == each or name.startswith(each + ".") or not each for each in closed):
+            closed.append(full_name)
+        if any(not each or f"{full_name}.".startswith(f"{each}.") for each in closed):
             continue
+        name = _plain(full_name)
         kind = type(module).__name__
         if next(module.children(), None) is not None:
             continue
@@ -112,6 +116,10 @@ def is_out_of_reach(torch: Any) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return True
     return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED_IN)
 
 
 def _is_linear(torch: Any, module: Any, kind: str) -> bool:

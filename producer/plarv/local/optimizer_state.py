@@ -6,6 +6,7 @@ from operator import is_
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
 from plarv.local.multi_tensor import Named
+from plarv.tensors import local_part
 
 __all__ = ["OptimizerState", "StateReader", "find_optimizer", "learning_rate_in"]
 
@@ -15,7 +16,8 @@ _COUNTER = "step"
 class OptimizerState(NamedTuple):
     """What an optimizer remembers."""
 
-    tensors: Dict[Tuple[int, str], Named]  # by a number of the parameter's state, and key
+    tensors: Dict[Tuple[int, str], Named]  # by a number of the parameter's state, and key; this
+    # rank's parts of what is distributed
     counters: List[Tuple[str, Any]]  # by layer, the dictionary that holds a step counter
 
     def seconds(self) -> List[Named]:
@@ -30,14 +32,14 @@ class OptimizerState(NamedTuple):
         """Step counters that can be read without waiting."""
         found: Dict[str, float] = {}
         for name, state in self.counters:
-            value = state[_COUNTER]
+            value = local_part(state[_COUNTER])
             if isinstance(value, (int, float)) or value.device.type == "cpu":
                 found[name] = float(value)
         return found
 
     def device_counters(self) -> List[Named]:
         """Step counters on an accelerator."""
-        values = [(name, state[_COUNTER]) for name, state in self.counters]
+        values = [(name, local_part(state[_COUNTER])) for name, state in self.counters]
         return [
             Named(name, value)
             for name, value in values
@@ -115,8 +117,9 @@ class StateReader:
                     self._found.counters.append((f"{layer}|{place}", state))
                 continue
             self._entries.append(_Entry(state, key, value))
-            if is_tensor and value.numel() and value.layout == layout:
-                self._found.tensors[place, str(key)] = Named(layer, value)
+            part = local_part(value)
+            if is_tensor and part.numel() and part.layout == layout:
+                self._found.tensors[place, str(key)] = Named(layer, part)
 
     def _place(self, parameter: Any, state: Any) -> int:
         """The same for as long as the parameter's state is: what was loaded or reset is another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterable, List
 
 import pytest
 import torch
@@ -78,6 +78,14 @@ MODELS: Dict[str, Callable[[], Any]] = {
     "t5": t5,
     "vit": vit,
 }
+QUICK = ("gpt2 sdpa", "llama eager", "bert sdpa")
+
+
+def each_of(names: Iterable[str]) -> List[Any]:
+    """The names as parameters of a test; all but some are slow."""
+    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+
+
 CENTRES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -116,13 +124,13 @@ def training(make: Callable[[], Any], checkpointing: str = "") -> Callable[[Watc
     return run
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each_of(MODELS))
 def test_a_healthy_run_is_silent_and_unchanged(name: str) -> None:
     healthy(training(MODELS[name]), steps=100)
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "by hooks"])
-@pytest.mark.parametrize("name", ["gpt2 eager", "gpt2 sdpa", "llama eager", "llama sdpa"])
+@pytest.mark.parametrize("name", each_of(["gpt2 eager", "gpt2 sdpa", "llama eager", "llama sdpa"]))
 def test_so_is_one_with_gradient_checkpointing(name: str, checkpointing: str) -> None:
     healthy(training(MODELS[name], checkpointing), steps=80)
 
@@ -165,7 +173,7 @@ PLACES = {
 ATTENTIVE = [name for name in MODELS if name.split()[0] in PLACES]
 
 
-@pytest.mark.parametrize("name", ATTENTIVE)
+@pytest.mark.parametrize("name", each_of(ATTENTIVE))
 def test_attention_that_collapses_is_named(name: str) -> None:
     kind = name.split()[0]
     faulty(
@@ -184,7 +192,7 @@ def test_so_is_one_behind_gradient_checkpointing(name: str, checkpointing: str) 
     )
 
 
-@pytest.mark.parametrize("name", ATTENTIVE)
+@pytest.mark.parametrize("name", each_of(ATTENTIVE))
 def test_weights_that_grow_and_bits_that_flip_are_named(name: str) -> None:
     layer = PLACES[name.split()[0]][1]
     grow = scale(f"{layer}.weight", 100.0)
@@ -193,6 +201,7 @@ def test_weights_that_grow_and_bits_that_flip_are_named(name: str) -> None:
     faulty(training(MODELS[name]), Fault("hardware_integrity", layer, flip, at=60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["", "reentrant", "by hooks"])
 def test_features_that_die_are_named(checkpointing: str) -> None:
     def kill(model: Any, _optimizer: Any) -> None:
