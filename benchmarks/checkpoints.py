@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 from measure import Progress, Row, arguments, at_most, finish, information, median
+from plarv.checkpoints.contents import Training
 from plarv.checkpoints.ring import give_way
 from plarv.checkpoints.snapshot import Snapshot
 from plarv.checkpoints.training_state import restore
@@ -39,7 +40,7 @@ def rows(layers: List[int]) -> Iterator[Row]:
         model, optimizer = _training(number)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         name = f"{millions:.0f} M parameters, AdamW"
-        snapshot = Snapshot(model, optimizer)
+        snapshot = Snapshot(Training(model, optimizer))
         snapshot.survey()
         problem = snapshot.prepare()
         if problem is not None:
@@ -48,7 +49,7 @@ def rows(layers: List[int]) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             yield _write_row(name, snapshot, model, optimizer, Path(folder))
             begun = time.perf_counter()
-            restore(Path(folder), model, optimizer)
+            restore(Path(folder), Training(model, optimizer))
             took = time.perf_counter() - begun
         yield information(f"going back, {name}", f"{took:.2f} s", seconds=took)
 

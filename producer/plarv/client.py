@@ -81,6 +81,7 @@ class Argus:
         project: Optional[str] = None,
         accept_operator: bool = False,
         scheduler: Any = None,
+        scaler: Any = None,
         run_key: Optional[str] = None,
     ) -> None:
         given = dict(locals())

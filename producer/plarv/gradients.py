@@ -130,6 +130,10 @@ class GradientProbe:
         """Unscale by this GradScaler without looking for one."""
         self._scaler.use(scaler)
 
+    def scaler(self) -> Any:
+        """The GradScaler that was given or found, or ``None``."""
+        return self._scaler.scaler()
+
     def detach(self) -> None:
         """Remove every hook. The probe can be attached again."""
         for handle in [*self._hooks.values(), *self._optimizer_hooks]:

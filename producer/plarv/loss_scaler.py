@@ -52,12 +52,14 @@ class LossScalerSearch:
             frame = frame.f_back
         return False
 
+    def scaler(self) -> Optional[Any]:
+        """The scaler, or ``None`` without one that is enabled."""
+        scaler = self._scaler() if self._scaler is not None else None
+        return scaler if getattr(scaler, "_enabled", True) else None
+
     def scale(self) -> Optional[Any]:
         """The scaler's own 0-d tensor, which it changes in place, or ``None`` without one."""
-        scaler = self._scaler() if self._scaler is not None else None
-        if scaler is None or not getattr(scaler, "_enabled", True):
-            return None
-        return getattr(scaler, "_scale", None)
+        return getattr(self.scaler(), "_scale", None)
 
 
 def _is_scaler(candidate: object) -> bool:

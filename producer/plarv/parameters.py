@@ -83,6 +83,9 @@ def _check_objects(given: Any) -> None:
     scheduler = given["scheduler"]
     if scheduler is not None and not hasattr(scheduler, "step"):
         raise ArgusConfigurationError("scheduler", "must have step(), as torch's have", scheduler)
+    scaler = given["scaler"]
+    if scaler is not None and not hasattr(scaler, "unscale_"):
+        raise ArgusConfigurationError("scaler", "must be a GradScaler, as torch's are", scaler)
 
 
 def _is_int(value: Any) -> bool:

@@ -65,10 +65,11 @@ class Session:
         self.console = Console(silent or identity.local_rank != 0)
         self._on_pause = given["on_pause"]
         self._cap = LearningRateCap(self.faults)
-        self._signals = ModelSignals(given["model"], given["optimizer"], self._cap, self.faults)
+        watched = given["model"], given["optimizer"], given["scaler"]
+        self._signals = ModelSignals(*watched, self._cap, self.faults)
         self._batch_size = batch_size_of(given["dataloader"])
         self._agreement = StoreAgreement(identity) if identity.world_size > 1 else None
-        self._ring = self._open_ring(given)
+        self._ring = self._open_ring({**given, "scaler": self._signals.scaler})
         self._attempt_from = 0  # first record of this attempt
         self.resume_at: Optional[int] = None  # the step that the next one is, after a rollback
         self._interventions = self._make_interventions(given, may_act(identity, fleet))

@@ -26,9 +26,17 @@ class ModelSignals:
     to the parameters, and these to the optimizer that steps them. Everything is held weakly.
     """
 
-    def __init__(self, model: Any, optimizer: Any, cap: LearningRateCap, faults: Faults) -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        scaler: Any,
+        cap: LearningRateCap,
+        faults: Faults,
+    ) -> None:
         self._faults = faults
         self._cap = cap
+        self._scaler: Callable[[], Any] = _reference(scaler)
         self._optimizer: Callable[[], Any] = _reference(optimizer)
         self._probe: Optional[GradientProbe] = None
         self._search: Optional[OptimizerSearch] = None
@@ -51,6 +59,10 @@ class ModelSignals:
                 if self._probe is not None:
                     self._probe.watch(found)
         return found
+
+    def scaler(self) -> Any:
+        """The GradScaler, given or found; None while there is none."""
+        return self._scaler() if self._probe is None else self._probe.scaler()
 
     def fill(self, loss: Any, columns: Dict[str, Any]) -> None:
         """Adds what is known beyond ``columns``; values may be tensors that nobody has waited
@@ -94,6 +106,7 @@ class ModelSignals:
     def _begin(self, parameters: Any) -> GradientProbe:
         probe = self._probe = GradientProbe(parameters, faults=self._faults)
         probe.attach()
+        probe.use_scaler(self._scaler())
         optimizer = self._optimizer()
         if optimizer is not None:
             probe.watch(optimizer)

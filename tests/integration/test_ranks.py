@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0
 
 
-def spawn(scenario: str, folder: Path) -> Tuple[Path, List[Dict[str, Any]], List[int]]:
-    """Two processes, started by hand: the run's folder, what they wrote down, how they ended."""
+def spawn(scenario: str, folder: Path, target: Any = ranks.spawned) -> List[int]:
+    """Two processes, started by hand: how they ended."""
     distributed: Any = pytest.importorskip("torch.distributed")
     store = distributed.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "torch._dynamo"])  # imported only once
     processes = [
-        context.Process(target=ranks.spawned, args=(rank, scenario, str(folder), store.port))
+        context.Process(target=target, args=(rank, scenario, str(folder), store.port))
         for rank in range(2)
     ]
     try:
@@ -46,7 +46,7 @@ def spawn(scenario: str, folder: Path) -> Tuple[Path, List[Dict[str, Any]], List
         for process in processes:
             process.kill()
             process.join()
-    return only_run(folder), written_down(folder), [process.exitcode or 0 for process in processes]
+    return [process.exitcode or 0 for process in processes]
 
 
 def torchrun(scenario: str, folder: Path, *options: str) -> Tuple[Path, List[Dict[str, Any]]]:
@@ -95,7 +95,8 @@ def steps_applied(run: Path, kind: str) -> Dict[int, List[Tuple[int, Any]]]:
 
 
 def test_a_rate_is_lowered_at_one_step_and_the_weights_stay_equal(tmp_path: Path) -> None:
-    run, found, codes = spawn("lower", tmp_path)
+    codes = spawn("lower", tmp_path)
+    run, found = only_run(tmp_path), written_down(tmp_path)
     assert codes == [0, 0]
     ranks_of_files = [file.rank for files in segments_of(run).values() for file in files]
     assert sorted(ranks_of_files) == [0, 1]
@@ -115,7 +116,8 @@ def test_a_rate_is_lowered_at_one_step_and_the_weights_stay_equal(tmp_path: Path
 def test_spawned_ranks_share_a_run_and_all_leave_at_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, found, codes = spawn("pause", tmp_path)
+    codes = spawn("pause", tmp_path)
+    run, found = only_run(tmp_path), written_down(tmp_path)
     assert codes == [0, 0]
     assert {each["run_id"] for each in found} == {run.name}
     assert found[0]["paused_at"] == found[1]["paused_at"]
@@ -128,7 +130,8 @@ def test_spawned_ranks_share_a_run_and_all_leave_at_one_step(
 
 
 def test_a_rank_that_hears_too_late_keeps_all_from_acting(tmp_path: Path) -> None:
-    run, found, codes = spawn("late", tmp_path)
+    codes = spawn("late", tmp_path)
+    run, found = only_run(tmp_path), written_down(tmp_path)
     assert codes == [0, 0]
     dropped = steps_applied(run, "action_dropped")
     assert {why for _, why in dropped[0]} == {"not all ranks had it in time"}
@@ -142,7 +145,8 @@ def test_a_rank_that_hears_too_late_keeps_all_from_acting(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("who", ["follower", "leader"])
 def test_a_killed_rank_holds_up_no_other(tmp_path: Path, who: str) -> None:
-    run, found, codes = spawn(f"{who}_killed", tmp_path)
+    codes = spawn(f"{who}_killed", tmp_path)
+    run, found = only_run(tmp_path), written_down(tmp_path)
     survivor, killed = (0, 1) if who == "follower" else (1, 0)
     assert codes[killed] == -signal.SIGKILL
     assert codes[survivor] == 0

@@ -64,6 +64,7 @@ ADDED: Dict[str, Any] = {
     "project": "tests",
     "accept_operator": True,
     "scheduler": SimpleNamespace(step=print),
+    "scaler": SimpleNamespace(unscale_=print),
     "run_key": "00",
 }
 

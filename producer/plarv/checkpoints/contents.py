@@ -5,18 +5,35 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, cast
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, cast
 
 from plarv.discovery import unwrap
 from plarv.tensors import loaded_torch, local_part
 
-__all__ = ["Contents", "collect", "join", "model_tensors", "rng_state", "set_rng_state", "split"]
+__all__ = [
+    "Contents", "Training", "collect", "join", "model_tensors", "rng_state", "set_rng_state",
+    "split",
+]  # fmt: skip
 
 _MARK = "__tensor__"
 _COUNTER = "__counter__"
 _LEFT_OUT = "__left_out__"
 _EXTRA = "_extra_state"
 _FLAT = "FullyShardedDataParallel"  # its state_dict() is a collective
+
+
+def no_scaler() -> None:
+    """Training without one."""
+
+
+class Training(NamedTuple):
+    """What a checkpoint is taken of, and put back into; all but the model may be None."""
+
+    model: Any
+    optimizer: Any = None
+    scheduler: Any = None
+    scaler: Callable[[], Any] = no_scaler  # gives it: it is mostly found in the first steps
+    tokenizer: Any = None
 
 
 class Contents(NamedTuple):
@@ -28,20 +45,23 @@ class Contents(NamedTuple):
     left_out: Tuple[str, ...]  # what cannot be kept
 
 
-def collect(model: Any, optimizer: Any, scheduler: Any) -> Contents:
+def collect(training: Training) -> Contents:
     """What there is now. No tensor is copied and no collective is started."""
     left_out: List[str] = []
-    tensors, extra = model_tensors(model, left_out)
+    tensors, extra = model_tensors(training.model, left_out)
     states: Dict[str, Any] = {}
     rest: Dict[str, Any] = {
         "extra": {
             name: split(own, f"extra.{name}", states, left_out) for name, own in extra.items()
         }
     }
-    if optimizer is not None:
-        rest["optimizer"] = split(optimizer.state_dict(), "", states, left_out)
-    if scheduler is not None and callable(getattr(scheduler, "state_dict", None)):
-        rest["scheduler"] = split(scheduler.state_dict(), "scheduler", states, left_out)
+    if training.optimizer is not None:
+        rest["optimizer"] = split(training.optimizer.state_dict(), "", states, left_out)
+    if callable(getattr(training.scheduler, "state_dict", None)):
+        rest["scheduler"] = split(training.scheduler.state_dict(), "scheduler", states, left_out)
+    scaler = training.scaler()
+    if scaler is not None:
+        rest["scaler"] = split(_scaler_state(scaler), "scaler", states, left_out)
     return Contents(tensors, states, rest, tuple(left_out))
 
 
@@ -146,6 +166,20 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     if numpy is not None and "numpy" in state:
         kind, keys, position, has_gauss, cached = state["numpy"]
         numpy.random.set_state((kind, keys, int(position), int(has_gauss), cached))
+
+
+def _scaler_state(scaler: Any) -> Dict[str, Any]:
+    """What its ``state_dict()`` gives, which would wait for the device; before the first step it
+    has no tensors yet.
+    """
+    scale, tracker = scaler._scale, scaler._growth_tracker
+    return {
+        "scale": scaler._init_scale if scale is None else scale,
+        "growth_factor": scaler._growth_factor,
+        "backoff_factor": scaler._backoff_factor,
+        "growth_interval": scaler._growth_interval,
+        "_growth_tracker": scaler._init_growth_tracker if tracker is None else tracker,
+    }
 
 
 def _number(value: Any) -> Any:

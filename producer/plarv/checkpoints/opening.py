@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Optional
 
 from plarv import settings
+from plarv.checkpoints.contents import Training
 from plarv.checkpoints.ring import CheckpointRing
 from plarv.checkpoints.slots import Slots
 from plarv.faults import Faults
@@ -24,6 +25,7 @@ def open_ring(
     faults: Faults,
 ) -> Optional[CheckpointRing]:
     """The ring of ``checkpoint_dir``; None: none was asked for, or the folder cannot be had.
+    ``scaler`` is a function that gives it.
 
     Of replicas rank 0 writes; of a sharded model each rank its part, in a folder of its own.
     """
@@ -55,7 +57,8 @@ def open_ring(
     except OSError as error:
         say(f"no checkpoints are kept: {folder} cannot be written to ({error.strerror})")
         return None
-    training = (model, given["optimizer"], given["scheduler"], given["tokenizer"])
+    parts = (model, given["optimizer"], given["scheduler"], given["scaler"])
+    training = Training(*parts, given["tokenizer"])
     return CheckpointRing(slots, training, about, writer, identity.rank, say, faults, writes=writes)
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from plarv.checkpoints.contents import Training
 from plarv.discovery import unwrap
 from plarv.faults import Faults
 
 __all__ = ["save_beside"]
 
 
-def save_beside(folder: Path, model: Any, tokenizer: Any, faults: Faults) -> None:
-    """Saves whatever of a model's configuration and of ``tokenizer`` has ``save_pretrained()``.
+def save_beside(folder: Path, training: Training, faults: Faults) -> None:
+    """Saves whatever of a model's configuration and of its tokenizer has ``save_pretrained()``.
 
     The weights lie there as model.safetensors already. What anybody's code raises is only counted.
     """
-    inner: Any = unwrap(model)
+    inner: Any = unwrap(training.model)
     for name, thing in (
         ("configuration", getattr(inner, "config", None)),
         ("generation configuration", getattr(inner, "generation_config", None)),
-        ("tokenizer", tokenizer),
+        ("tokenizer", training.tokenizer),
     ):
         save = getattr(thing, "save_pretrained", None)
         if not callable(save):

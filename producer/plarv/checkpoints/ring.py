@@ -14,6 +14,7 @@ from typing import Any, Callable, Deque, Dict, Mapping, NamedTuple, Optional, Tu
 
 from plarv import settings
 from plarv.checkpoints.anchor import read_anchor, write_anchor
+from plarv.checkpoints.contents import Training
 from plarv.checkpoints.pretrained import save_beside
 from plarv.checkpoints.slots import Slot, Slots, choose
 from plarv.checkpoints.snapshot import Snapshot
@@ -54,7 +55,7 @@ class CheckpointRing:
     def __init__(
         self,
         slots: Slots,
-        training: Tuple[Any, Any, Any, Any],  # model, optimizer, scheduler, tokenizer
+        training: Training,
         about: Mapping[str, Any],  # run_id, session, part, parts
         writer: JournalWriter,
         rank: int,
@@ -74,7 +75,7 @@ class CheckpointRing:
         self._writes = writes
         self._every = settings.integer("ARGUS_CHECKPOINT_STEPS")
         self._is_sharded = about["parts"] > 1
-        self._snapshot = Snapshot(*training[:3])
+        self._snapshot = Snapshot(training)
         self._state = "new"  # then "preparing", "ready"; "off": no checkpoint is saved any more
         self._known: Tuple[Slot, ...] = ()
         self._blocked: Mapping[int, str] = {}
@@ -252,8 +253,9 @@ class CheckpointRing:
         wrong = self._slots.verify(slot)
         if wrong is not None:
             raise ValueError(wrong)
-        model, optimizer, scheduler, _ = self._training
-        restore(slot.path, model, optimizer, scheduler)
+        passed_over = restore(slot.path, self._training).passed_over
+        if passed_over:
+            self._say(f"not put back: {' and '.join(passed_over)} of {slot.path}, none was given")
         self._look()
 
     def _look(self) -> None:
@@ -333,7 +335,7 @@ class CheckpointRing:
             draft = self._slots.draft()
             try:
                 digests = self._snapshot.write(draft)
-                save_beside(draft, self._training[0], self._training[3], self._faults)
+                save_beside(draft, self._training, self._faults)
                 about = {**self._about, "step": step, "time_ns": time.time_ns()}
                 slot = self._slots.publish(draft, number, digests, about)
             except BaseException:

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from plarv.checkpoints.contents import Contents, collect, rng_state
+from plarv.checkpoints.contents import Contents, Training, collect, rng_state
 from plarv.checkpoints.host_memory import available_bytes
 from plarv.checkpoints.tensor_file import CODES, Entry, encode_header, write_tensor_file
 from plarv.tensors import loaded_torch
@@ -39,8 +39,8 @@ class Snapshot:
     again: RuntimeError.
     """
 
-    def __init__(self, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:
-        self._parts = (model, optimizer, scheduler)
+    def __init__(self, training: Training) -> None:
+        self._training = training
         self._contents: Optional[Contents] = None
         self._buffers: Tuple[_Buffer, ...] = ()
         self._rest: Dict[str, Any] = {}
@@ -60,7 +60,7 @@ class Snapshot:
 
     def survey(self) -> None:
         """Training thread: looks at what there is, for prepare()."""
-        self._contents = collect(*self._parts)
+        self._contents = collect(self._training)
         self.left_out = self._contents.left_out
 
     def prepare(self) -> Optional[str]:
@@ -85,7 +85,7 @@ class Snapshot:
         """Copies the state after ``step``; False: its layout is another, prepare() again."""
         if self._busy.is_set():
             raise RuntimeError("the last snapshot is still being written")
-        contents = collect(*self._parts)
+        contents = collect(self._training)
         groups = _by_file(contents)
         if not self._buffers or not all(
             buffer.fits(groups[buffer.name]) for buffer in self._buffers

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
-from plarv.checkpoints.contents import join, model_tensors, set_rng_state, split
+from plarv.checkpoints.contents import Training, join, model_tensors, set_rng_state, split
 from plarv.checkpoints.snapshot import MODEL_FILE, OPTIMIZER_FILE, REST_FILE
 from plarv.checkpoints.tensor_file import read_tensors
 from plarv.discovery import unwrap
 from plarv.tensors import loaded_torch, local_part
 
-__all__ = ["reset_optimizer", "restore"]
+__all__ = ["Restored", "reset_optimizer", "restore"]
 
 
-def restore(folder: Path, model: Any, optimizer: Any = None, scheduler: Any = None) -> int:
-    """The step whose state everything has now.
+class Restored(NamedTuple):
+    """What came of it."""
 
-    Weights, optimizer state, learning rates, schedule and random numbers; gradients become zero.
+    step: int  # whose state everything has now
+    passed_over: Tuple[str, ...]  # what the checkpoint has and the training was not given
+
+
+def restore(folder: Path, training: Training) -> Restored:
+    """Puts back weights, optimizer state, learning rates, schedule, scaler and random numbers;
+    gradients become zero.
+
     All is checked before anything is changed: ValueError says what does not fit.
     """
+    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
     torch: Any = loaded_torch()
     rest: Dict[str, Any] = _load(folder / REST_FILE, torch)
     saved = read_tensors(folder / MODEL_FILE, torch)
@@ -27,8 +35,8 @@ def restore(folder: Path, model: Any, optimizer: Any = None, scheduler: Any = No
     current, _ = model_tensors(model, [])
     _check(current, saved, folder)
     try:
-        packed, schedule, extra = (
-            join(rest.get(name), states) for name in ("optimizer", "scheduler", "extra")
+        packed, schedule, scaler_state, extra = (
+            join(rest.get(name), states) for name in ("optimizer", "scheduler", "scaler", "extra")
         )
         step, random_state = int(rest["step"]), rest["rng"]
     except (KeyError, TypeError, ValueError) as error:
@@ -43,12 +51,17 @@ def restore(folder: Path, model: Any, optimizer: Any = None, scheduler: Any = No
         _restore_optimizer(optimizer, packed)
     if scheduler is not None and schedule is not None:
         scheduler.load_state_dict(schedule)
+    scaler = training.scaler()
+    if scaler is not None and scaler_state is not None:
+        scaler.load_state_dict({key: _plain(value) for key, value in scaler_state.items()})
     set_rng_state(random_state)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad.detach()
-            local_part(parameter.grad).zero_()
-    return step
+    _zero_gradients(model)
+    parts = {
+        "the optimizer's state": (packed, optimizer),
+        "the schedule": (schedule, scheduler),
+        "the gradient scaler's state (scaler=)": (scaler_state, scaler),
+    }
+    return Restored(step, tuple(name for name, (a, b) in parts.items() if a and b is None))
 
 
 def reset_optimizer(optimizer: Any) -> int:
@@ -71,6 +84,17 @@ def reset_optimizer(optimizer: Any) -> int:
             else:
                 state["step"] = 0
     return had
+
+
+def _zero_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.detach()
+            local_part(parameter.grad).zero_()
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 def _load(path: Path, torch: Any) -> Any:
@@ -122,7 +146,9 @@ def _restore_optimizer(optimizer: Any, packed: Mapping[str, Any]) -> None:
     wanted = split(packed, "", then, [])
     same = list(now) == list(then) and all(now[name].shape == then[name].shape for name in now)
     if not same or _values(plain) != _values(wanted):
-        optimizer.load_state_dict(_as_sharded(optimizer, packed))
+        packed = _as_sharded(optimizer, packed)
+        optimizer.load_state_dict(packed)
+        _keep_types(optimizer, packed)
         return
     with torch.no_grad():
         for name, tensor in now.items():
@@ -138,6 +164,19 @@ def _values(plain: Mapping[str, Any]) -> Any:
     return plain.get("state")
 
 
+def _keep_types(optimizer: Any, packed: Mapping[str, Any]) -> None:
+    """``load_state_dict()`` makes all of it the parameter's type, also float32 moments of bfloat16
+    weights.
+    """
+    parameters: List[Any] = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, saved in packed["state"].items():
+        state: Any = optimizer.state[parameters[number]]
+        for name, value in saved.items():
+            loaded: Any = state.get(name)
+            if hasattr(value, "dtype") and loaded.dtype is not value.dtype:
+                state[name] = value.to(loaded.device)
+
+
 def _as_sharded(optimizer: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parts of sharded parameters' state as what the optimizer keeps of them."""
     parameters: List[Any] = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +190,12 @@ def _as_sharded(optimizer: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
         sharded: Any = shards.__class__
         states[number] = {
             name: sharded.from_local(
-                value.to(part.device), parameter.device_mesh, parameter.placements, run_check=False
+                value.to(part.device),
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),  # uneven parts do not tell it
             )
             if part is not parameter and getattr(value, "shape", None) == part.shape
             else value

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plarv.checkpoints.contents import Training
 from plarv.checkpoints.snapshot import MODEL_FILE, Snapshot
 from plarv.checkpoints.tensor_file import (
     Entry,
@@ -46,7 +47,7 @@ class Holder(torch.nn.Module):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    snapshot = Snapshot(Holder())
+    snapshot = Snapshot(Training(Holder()))
     snapshot.survey()
     assert snapshot.prepare() is None
     assert snapshot.take(0)

@@ -9,6 +9,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 import torch as _torch
 
+from plarv.checkpoints.contents import Training
 from plarv.checkpoints.snapshot import MODEL_FILE, REST_FILE, Snapshot
 from plarv.checkpoints.tensor_file import read_tensors
 from plarv.checkpoints.training_state import reset_optimizer, restore
@@ -70,7 +71,7 @@ def save(folder: Path, snapshot: Snapshot, step: int) -> Path:
 
 
 def prepared(*parts: Any) -> Snapshot:
-    snapshot = Snapshot(*parts)
+    snapshot = Snapshot(Training(*parts))
     snapshot.survey()
     assert snapshot.prepare() is None
     return snapshot
@@ -105,10 +106,98 @@ def test_training_goes_on_bit_for_bit_from_where_it_was_saved(
         model = Tied()
         optimizer = make(model.parameters())
         scheduler = schedule(optimizer) if schedule else None
-    assert restore(folder, model, optimizer, scheduler) == 4
+    assert restore(folder, Training(model, optimizer, scheduler)).step == 4
     assert weights(model) != first
     train(model, optimizer, scheduler, 7)
     assert weights(model) == first
+
+
+def scaled(model: Any, optimizer: Any, scaler: Any, steps: int) -> None:
+    """fp16 with a scale that grows every third step, and skips the steps in which it overflows."""
+    for _ in range(steps):
+        given = torch.randn(8, 4)
+        with torch.autocast("cpu", torch.float16):
+            loss = model(given).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch before 2.3")
+@pytest.mark.parametrize("after", [0, 1, 40])
+@pytest.mark.parametrize("fresh", [False, True], ids=["in_place", "in_a_new_process"])
+def test_a_gradient_scaler_goes_back_too(tmp_path: Path, after: int, fresh: bool) -> None:
+    def make() -> Training:
+        model = torch.nn.Linear(4, 4)
+        scaler = torch.amp.GradScaler("cpu", 2.0**14, growth_interval=3)
+        return Training(model, torch.optim.AdamW(model.parameters()), None, lambda: scaler)
+
+    torch.manual_seed(0)
+    training = make()
+    scaled(training.model, training.optimizer, training.scaler(), after)
+    snapshot = Snapshot(training)
+    snapshot.survey()
+    assert snapshot.prepare() is None
+    folder = save(tmp_path / "slot", snapshot, 7)
+    scaled(training.model, training.optimizer, training.scaler(), 20)
+    first, scale = weights(training.model), training.scaler().state_dict()
+    training = make() if fresh else training
+    assert restore(folder, training) == (7, ())
+    assert weights(training.model) != first
+    scaled(training.model, training.optimizer, training.scaler(), 20)
+    assert weights(training.model) == first
+    assert training.scaler().state_dict() == scale
+
+
+def test_what_a_checkpoint_has_and_the_training_was_not_given_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, slower)
+    folder = save(tmp_path / "slot", prepared(model, optimizer, schedule), 0)
+    passed_over = restore(folder, Training(model)).passed_over
+    assert passed_over == ("the optimizer's state", "the schedule")
+
+
+class Averaging(torch.optim.Optimizer):  # type: ignore[misc]
+    """Follows the average gradient, which it keeps in float32 whatever the weights are."""
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                average = state.setdefault("average", torch.zeros(weight.shape))
+                average.lerp_(weight.grad.float(), 0.01)
+                weight.sub_((group["lr"] * average).to(weight.dtype))
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["in_place", "in_a_new_process"])
+def test_moments_of_another_type_than_the_weights_stay_what_they_are(
+    tmp_path: Path, fresh: bool
+) -> None:
+    """bfloat16 weights under float32 moments: ``load_state_dict()`` would round these."""
+
+    def make() -> Training:
+        model = Tied()
+        model.inner.to(torch.bfloat16)
+        model.inner.register_forward_pre_hook(lambda _, given: given[0].to(torch.bfloat16))
+        model.inner.register_forward_hook(lambda *called: called[2].float())
+        return Training(model, Averaging(model.parameters(), {"lr": 0.1}))
+
+    torch.manual_seed(0)
+    random.seed(4)
+    training = make()
+    train(training.model, training.optimizer, None, 3)
+    folder = save(tmp_path / "slot", prepared(*training[:2]), 3)
+    train(training.model, training.optimizer, None, 5)
+    first = weights(training.model)
+    training = make() if fresh else training
+    restore(folder, training)
+    assert {s["average"].dtype for s in training.optimizer.state.values()} == {torch.float32}
+    train(training.model, training.optimizer, None, 5)
+    assert weights(training.model) == first
 
 
 def test_a_training_goes_back_to_before_its_optimizer_had_state(tmp_path: Path) -> None:
@@ -118,7 +207,7 @@ def test_a_training_goes_back_to_before_its_optimizer_had_state(tmp_path: Path) 
     folder = save(tmp_path / "slot", prepared(model, optimizer), 0)
     train(model, optimizer, None, 3)
     first = weights(model)
-    restore(folder, model, optimizer)
+    restore(folder, Training(model, optimizer))
     assert not optimizer.state
     train(model, optimizer, None, 3)
     assert weights(model) == first
@@ -131,7 +220,7 @@ def test_gradients_are_zero_afterwards_and_stay_where_they_are(tmp_path: Path) -
     folder = save(tmp_path / "slot", prepared(model, optimizer), 0)
     gradient: Any = model.inner.weight.grad
     place = gradient.data_ptr()
-    restore(folder, model, optimizer)
+    restore(folder, Training(model, optimizer))
     gradient = model.inner.weight.grad
     assert gradient.data_ptr() == place
     assert not gradient.any()
@@ -153,7 +242,7 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(
     wrong = other()
     before = weights(wrong)
     with pytest.raises(ValueError, match=says):
-        restore(folder, wrong)
+        restore(folder, Training(wrong))
     assert weights(wrong) == before
 
 
@@ -162,7 +251,7 @@ def test_another_number_of_parameters_in_the_optimizer_is_an_error(tmp_path: Pat
     folder = save(tmp_path / "slot", prepared(model, torch.optim.SGD(model.parameters(), 0.1)), 0)
     before = weights(model)
     with pytest.raises(ValueError, match="the optimizer has groups"):
-        restore(folder, model, torch.optim.SGD(model.inner.parameters(), 0.1))
+        restore(folder, Training(model, torch.optim.SGD(model.inner.parameters(), 0.1)))
     assert weights(model) == before
 
 
@@ -177,7 +266,7 @@ def test_wrappers_do_not_change_the_names(tmp_path: Path) -> None:
     model = Tied()
     folder = save(tmp_path / "slot", prepared(torch.nn.DataParallel(model)), 0)
     other = Tied()
-    restore(folder, other)
+    restore(folder, Training(other))
     assert weights(other) == weights(model)
 
 
@@ -196,7 +285,7 @@ def test_a_snapshot_whose_layout_changed_is_refused_until_it_is_prepared_again()
 
 def test_more_than_there_is_memory_is_said_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plarv.checkpoints.snapshot.available_bytes", lambda: 1000)
-    snapshot = Snapshot(Tied())
+    snapshot = Snapshot(Training(Tied()))
     snapshot.survey()
     assert "available" in str(snapshot.prepare())
     assert not snapshot.is_prepared
@@ -223,7 +312,7 @@ def test_a_reset_optimizer_takes_the_same_steps_as_a_new_one(name: str, make: An
 
 def test_a_model_without_parameters_is_kept_too(tmp_path: Path) -> None:
     folder = save(tmp_path / "slot", prepared(torch.nn.ReLU()), 7)
-    assert restore(folder, torch.nn.ReLU()) == 7
+    assert restore(folder, Training(torch.nn.ReLU())).step == 7
 
 
 class Counted(_torch.nn.Module):
@@ -248,7 +337,7 @@ def test_extra_state_of_modules_is_kept_where_it_is_plain(tmp_path: Path) -> Non
     assert snapshot.left_out == ("extra.0._extra_state.how",)
     folder = save(tmp_path / "slot", snapshot, 0)
     other = torch.nn.Sequential(Counted())
-    restore(folder, other)
+    restore(folder, Training(other))
     assert other[0].seen.tolist() == [1.0, 1.0]
 
 
@@ -260,7 +349,7 @@ def test_a_schedule_with_numbers_of_numpy_and_counters_is_kept(tmp_path: Path) -
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5])
     folder = save(tmp_path / "slot", prepared(model, optimizer, scheduler), 0)
     before = dict(scheduler.state_dict())
-    restore(folder, model, optimizer, scheduler)
+    restore(folder, Training(model, optimizer, scheduler))
     assert scheduler.milestones == before["milestones"]
     assert type(scheduler.milestones) is type(before["milestones"])
     assert optimizer.param_groups[0]["lr"] == 0.5
@@ -277,5 +366,5 @@ def test_a_missing_part_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     train(model, optimizer, None, 1)
     before = weights(model)
     with pytest.raises(ValueError, match="lacks a part"):
-        restore(folder, model, optimizer)
+        restore(folder, Training(model, optimizer))
     assert weights(model) == before
