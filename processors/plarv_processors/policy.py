@@ -339,6 +339,8 @@ class Policy:
         parameters: Dict[str, Any] = {}
         why = found.message
         if kind in ("WARN", "CHECKPOINT"):
+            if kind == "CHECKPOINT":
+                self._add_apply_step(parameters, step)
             return parameters, why
         if kind == "SET_LR":
             parameters, how = self._rates.lowered(config.lr_factor, config.lr_jump, config.lr_held)

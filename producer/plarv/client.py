@@ -83,6 +83,7 @@ class Argus:
         scheduler: Any = None,
         scaler: Any = None,
         run_key: Optional[str] = None,
+        raise_checkpoint: bool = False,
     ) -> None:
         given = dict(locals())
         del given["self"]
@@ -131,7 +132,7 @@ class Argus:
         is the L2 norm before clipping; left out, it is measured where a model is known. Timings are
         in milliseconds, ``sample_*`` hold one value a sample.
 
-        Raises ArgusPause and ArgusHalt, where opted in; nothing else unless
+        Raises ArgusPause, ArgusHalt and ArgusCheckpoint, where opted in; nothing else unless
         ``catch_exceptions=False``. Bad values are left out and counted.
         """
         # The short way, in one piece: numbers only, nothing to apply, room in the segment.

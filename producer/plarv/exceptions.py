@@ -91,7 +91,9 @@ class ArgusPause(ArgusIntervention):
 
 
 class ArgusCheckpoint(ArgusIntervention):
-    """The engine asks for a checkpoint."""
+    """The engine asks for a checkpoint: save one and go on. Raised once, and only under
+    ``Argus(mode="AUTO", raise_checkpoint=True)``: most loops catch pauses alone.
+    """
 
 
 class ArgusHalt(ArgusIntervention):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Type
 
-from plarv.exceptions import ArgusHalt, ArgusIntervention, ArgusPause
+from plarv.exceptions import ArgusCheckpoint, ArgusHalt, ArgusIntervention, ArgusPause
 from plarv.faults import Faults
 from plarv.learning_rate import LearningRateCap
 from plarv.tensors import loaded_torch
@@ -13,6 +13,10 @@ from plarv_schemas.events import Action
 __all__ = ["Agreement", "Interventions", "call_on_pause"]
 
 _APPLIED_HERE = frozenset({"SET_LR", "RESET_OPTIMIZER", "ROLLBACK", "PAUSE", "HALT", "RESUME"})
+
+_RAISED: Mapping[str, Type[ArgusIntervention]] = {
+    "HALT": ArgusHalt, "CHECKPOINT": ArgusCheckpoint,
+}  # fmt: skip
 
 Report = Callable[[str, int, Mapping[str, Any]], None]
 """(control kind, step, data): writes a control event."""
@@ -60,6 +64,7 @@ class Interventions:
         cap: LearningRateCap,
         find_optimizer: Callable[[], Any],
         on_pause: Optional[Callable[..., object]],
+        raise_checkpoint: bool = False,
         report: Report,
         faults: Faults,
         agreement: Optional[Agreement] = None,
@@ -75,11 +80,13 @@ class Interventions:
         self._cap = cap
         self._find_optimizer = find_optimizer
         self._on_pause = on_pause
+        self._raises_checkpoint = raise_checkpoint
         self._report = report
         self._faults = faults
         self._agreement = agreement
         self._waiting: List[Action] = []
         self._seen: Dict[str, None] = {}
+        self._checkpoint: Optional[Action] = None  # that the loop is to save, raised once
         self.held: Optional[Action] = None  # the pause that stands
 
     @property
@@ -96,7 +103,7 @@ class Interventions:
             del self._seen[next(iter(self._seen))]
         if action.kind == "PAUSE" and self._on_pause is not None:
             call_on_pause(self._on_pause, action, self._faults)
-        if action.kind not in _APPLIED_HERE or not self._binding(action):
+        if not self._is_ours(action) or not self._binding(action):
             return
         if "apply_step" not in action.parameters or self._promised(action, step):
             self._waiting.append(action)
@@ -114,8 +121,15 @@ class Interventions:
                 self._tell("action_expired", action, step, {})
             else:
                 self._carry_out(action, step)
-        if self.held is not None:
-            raise self._intervention(self.held, step)
+        asked, self._checkpoint = self._checkpoint, None
+        if self.held is not None or asked is not None:
+            raise self._intervention(self.held or asked, step)
+
+    def _is_ours(self, action: Action) -> bool:
+        """Whether it is for the training process to carry out."""
+        if action.kind == "CHECKPOINT":
+            return self._raises_checkpoint
+        return action.kind in _APPLIED_HERE
 
     def _binding(self, action: Action) -> bool:
         """Whether this process was told to obey it. An order is also reported where it is not."""
@@ -179,6 +193,9 @@ class Interventions:
         elif action.kind == "RESUME":
             self.held = None
             self._tell("action_applied", action, step, {})
+        elif action.kind == "CHECKPOINT":
+            self._checkpoint = action
+            self._tell("action_applied", action, step, {})
         else:
             self.held = action
             self._tell("action_applied", action, step, {})
@@ -214,8 +231,8 @@ class Interventions:
     def _tell(self, what: str, action: Action, step: int, data: Mapping[str, Any]) -> None:
         self._report(what, step, {"action": action.id, "kind": action.kind, **data})
 
-    def _intervention(self, action: Action, step: int) -> ArgusIntervention:
-        kind = ArgusHalt if action.kind == "HALT" else ArgusPause
+    def _intervention(self, action: Any, step: int) -> ArgusIntervention:
+        kind = _RAISED.get(action.kind, ArgusPause)
         return kind(f"{action.kind} at step {step}: {action.reason}", step, action.to_dict())
 
 

@@ -18,7 +18,7 @@ MODES = ("MANUAL", "AUTO")
 
 _COUNTS = ("sequence_length", "vocab_size", "num_layers", "hidden_dim", "total_steps")
 _TEXTS = ("api_key", "run_id", "project", "url", "run_key")
-_FLAGS = ("fail_open", "catch_exceptions")
+_FLAGS = ("fail_open", "catch_exceptions", "raise_checkpoint")
 
 
 def check_arguments(given: Any) -> None:

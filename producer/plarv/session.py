@@ -256,11 +256,10 @@ class Session:
             accept_operator=given["accept_operator"] is True and acts,
             cap=self._cap,
             find_optimizer=self._signals.optimizer,
-            on_pause=given["on_pause"],
+            **{name: given[name] for name in ("on_pause", "raise_checkpoint", "scheduler")},
             report=self._report,
             faults=self.faults,
             agreement=self._agreement,
-            scheduler=given["scheduler"],
             rollback=self._ring,
             on_rollback=self._rolled_back,
         )

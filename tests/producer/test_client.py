@@ -66,6 +66,7 @@ ADDED: Dict[str, Any] = {
     "scheduler": SimpleNamespace(step=print),
     "scaler": SimpleNamespace(unscale_=print),
     "run_key": "00",
+    "raise_checkpoint": True,
 }
 
 SCALARS = (

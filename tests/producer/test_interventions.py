@@ -18,7 +18,7 @@ from tests.producer.runs import (
     until,
 )
 
-from plarv import Argus, ArgusHalt, ArgusPause
+from plarv import Argus, ArgusCheckpoint, ArgusHalt, ArgusPause
 from plarv.cli import main
 from plarv.faults import Faults
 from plarv.interventions import Interventions
@@ -216,6 +216,26 @@ def test_kinds_that_are_none_of_the_processs_business_are_left_alone() -> None:
     for kind in kinds:
         process.hears(action(kind))
     assert process.told == []
+
+
+def test_a_checkpoint_is_raised_once_where_the_loop_asked_for_it_and_a_pause_comes_first() -> None:
+    process = Process(raise_checkpoint=True)
+    asked = action("CHECKPOINT")
+    with pytest.raises(ArgusCheckpoint) as caught:
+        process.hears(asked, 10)
+    assert (caught.value.step, caught.value.response) == (10, asked.to_dict())
+    process.hears(asked, 11)
+    assert process.kinds == ["action_applied"]
+    process.hears(action("SET_LR", lr=0.01), 12)
+    process = Process(raise_checkpoint=True)
+    process.interventions.take(action("CHECKPOINT"), 10)
+    with pytest.raises(ArgusPause):
+        process.hears(action("PAUSE"), 10)
+    with pytest.raises(ArgusPause):
+        process.hears(action("PAUSE"), 11)
+    watching = Process(auto=False, raise_checkpoint=True)
+    watching.hears(action("CHECKPOINT"), 10)
+    assert watching.told == []
 
 
 def test_a_rollback_without_checkpoints_is_refused_with_the_reason() -> None:
@@ -439,3 +459,18 @@ def test_a_run_that_lies_in_the_fallback_folder_is_found_paused_and_resumed_ther
         Argus(run_id="dead")
     assert main(["resume", "dead"]) == 0
     Argus(run_id="dead", silent=True).complete()
+
+
+def test_a_lone_spike_asks_the_loop_for_a_checkpoint_and_the_run_goes_on() -> None:
+    argus = Argus(mode="AUTO", raise_checkpoint=True, silent=True)
+    last = healthy(argus, 150)
+    for step in range(last + 1, last + 5):
+        argus.step(6.0, 1.0, step=step)
+    caught_up(argus, last + 4)
+    with pytest.raises(ArgusCheckpoint) as caught:
+        argus.step(2.0, 1.0, step=last + 5)
+    assert caught.value.step == last + 5
+    assert caught.value.response["kind"] == "CHECKPOINT"
+    argus.step(2.0, 1.0, step=last + 6)
+    argus.complete()
+    assert len(controls_of(argus, "action_applied")) == 1
