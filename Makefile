@@ -62,6 +62,8 @@ bench: $(for_dev)
 	$(python) benchmarks/latency.py
 	$(python) benchmarks/store.py
 	$(python) benchmarks/checkpoints.py
+	$(python) benchmarks/signals.py
+	$(python) benchmarks/local_faults.py
 	$(python) benchmarks/forensics.py
 	$(python) benchmarks/adqi.py
 	$(python) benchmarks/first_cause.py --seeds 8
