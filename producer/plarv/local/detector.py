@@ -187,6 +187,8 @@ class LocalDetector:
         notes = list(self._notes)
         if not self._attached:
             notes.append("anything but the loss: the detector is not attached")
+        if self._probe is not None and self._probe.is_unheard:
+            notes.append("the optimizer's steps were not heard of: its state between steps")
         unseen = list(self._activations.unseen) if self._activations is not None else []
         if unseen:
             more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""

@@ -27,6 +27,7 @@ _SMALL_ELEMENTS = 1 << 20  # up to here norms are taken of all tensors on each s
 _STATE_PARTS = 8
 _TURNS = 6  # of the norms of weights and state
 _SAMPLE_EVERY = 4  # steps of the optimizer; taken before one, compared before the next
+_UNHEARD = 64  # looks without a step of the optimizer, after which its hooks are not believed in
 _MAX_FAILURES = 8
 
 
@@ -72,6 +73,7 @@ class StepProbe:
         self._gradients_seen = False
         self._stepped = False
         self._num_steps = 0  # of the optimizer
+        self._unheard = 0  # steps of ours since
         self._step = 0
         self._context: Callable[[Set[str]], StepContext] = _no_context
 
@@ -118,10 +120,18 @@ class StepProbe:
             id(parameter) for parameter in _unique(self._torch, self._model, self._optimizer)
         }
 
+    @property
+    def is_unheard(self) -> bool:
+        """Whether the optimizer's hooks have long not run (torch 2.0 drops them where anything is
+        compiled): then only norms are seen.
+        """
+        return bool(self._handles) and self._unheard > _UNHEARD
+
     def begin(self, step: int) -> None:
         """A new step of the detector."""
         self._step = step
-        if self._looked_in_hook or not self._handles:
+        self._unheard += 1
+        if self._looked_in_hook or not self._handles or self.is_unheard:
             self._looked = self._looked_in_hook = self._gradients_seen = False
 
     def name_of(self, parameter: Any) -> str:
@@ -156,6 +166,7 @@ class StepProbe:
     def _after_step(self) -> None:
         self._stepped = True
         self._num_steps += 1
+        self._unheard = 0
         if not self._looked_in_hook:
             self._looked = self._gradients_seen = False
         with self.guard, self._torch.no_grad():

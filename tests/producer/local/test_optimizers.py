@@ -288,6 +288,26 @@ class Plain:
             parameter.grad = None
 
 
+class Deaf(Rebuilt):
+    """Somebody has put another step in the place of the one that calls the hooks."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                kept = state.setdefault("average", torch.zeros_like(parameter))
+                parameter.sub_(kept.lerp_(parameter.grad, 0.1), alpha=group["lr"])
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+def test_an_optimizer_whose_hooks_are_never_called_is_watched_by_its_norms() -> None:
+    training = regression(lambda parameters: Deaf(parameters, lr=1e-2))
+    healthy(training, notes=["steps were not heard of"])
+    faulty(training, Fault("optimizer_health", "2", poison))
+
+
 def test_an_optimizer_without_hooks_is_watched_by_its_norms() -> None:
     training = regression(lambda parameters: Plain(parameters, 1e-3))
     healthy(training, notes=["the optimizer has no hooks"])
