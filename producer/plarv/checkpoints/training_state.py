@@ -71,7 +71,8 @@ def reset_optimizer(optimizer: Any) -> int:
     makes it when it is constructed: there the sums get their first values back.
     """
     torch: Any = loaded_torch()
-    had = len([state for state in optimizer.state.values() if state])
+    states: List[Any] = list(optimizer.state.values())
+    had = len([1 for state in states if any(value is not None for value in state.values())])
     if not isinstance(optimizer, torch.optim.Adagrad):
         optimizer.state.clear()
         return had
