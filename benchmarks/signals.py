@@ -10,6 +10,7 @@ float64, from the definitions.
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import time
@@ -31,10 +32,9 @@ def main() -> None:
 
 def rows(positions: int) -> Iterator[Row]:
     """Memory first: the high-water mark only ever rises."""
-    import torch
-
     from plarv.utils import extract_signals
 
+    torch: Any = importlib.import_module("torch")
     torch.manual_seed(0)
     shape = (_SAMPLES, positions, _CLASSES)
     extract_signals(*_batch(torch, (2, 4, 1000)))
@@ -78,8 +78,7 @@ def _peak_bytes() -> int:
 
 def _worst(signals: Dict[str, Any], logits: Any, labels: Any) -> float:
     """Of all samples and signals but the counts."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     worst = 0.0
     for number, (sample, targets) in enumerate(zip(logits, labels)):
         sums = torch.zeros(4, dtype=torch.float64)
