@@ -61,7 +61,10 @@ def collect(training: Training) -> Contents:
         rest["scheduler"] = split(training.scheduler.state_dict(), "scheduler", states, left_out)
     scaler = training.scaler()
     if scaler is not None:
-        rest["scaler"] = split(_scaler_state(scaler), "scaler", states, left_out)
+        try:
+            rest["scaler"] = split(_scaler_state(scaler), "scaler", states, left_out)
+        except AttributeError:  # it looks like torch's from afar only
+            left_out.append("the gradient scaler")
     return Contents(tensors, states, rest, tuple(left_out))
 
 

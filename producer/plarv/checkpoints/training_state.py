@@ -21,6 +21,18 @@ class Restored(NamedTuple):
     passed_over: Tuple[str, ...]  # what the checkpoint has and the training was not given
 
 
+class _Saved(NamedTuple):
+    """A checkpoint's contents, read; None is what was not kept."""
+
+    weights: Mapping[str, Any]
+    optimizer: Any
+    schedule: Any
+    scaler: Any
+    extra: Any
+    step: int
+    random_state: Any
+
+
 def restore(folder: Path, training: Training) -> Restored:
     """Puts back weights, optimizer state, learning rates, schedule, scaler and random numbers;
     gradients become zero.
@@ -29,39 +41,32 @@ def restore(folder: Path, training: Training) -> Restored:
     """
     model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
     torch: Any = loaded_torch()
-    rest: Dict[str, Any] = _load(folder / REST_FILE, torch)
-    saved = read_tensors(folder / MODEL_FILE, torch)
-    states = read_tensors(folder / OPTIMIZER_FILE, torch)
+    saved = _read(folder, torch)
     current, _ = model_tensors(model, [])
-    _check(current, saved, folder)
-    try:
-        packed, schedule, scaler_state, extra = (
-            join(rest.get(name), states) for name in ("optimizer", "scheduler", "scaler", "extra")
-        )
-        step, random_state = int(rest["step"]), rest["rng"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} lacks a part of the training's state: {error}") from error
-    if optimizer is not None and packed is not None:
-        _check_groups(optimizer, packed, folder)
+    _check(current, saved.weights, folder)
+    if optimizer is not None and saved.optimizer is not None:
+        _check_groups(optimizer, saved.optimizer, folder)
     with torch.no_grad():
         for name, tensor in current.items():
-            tensor.copy_(saved[name])
-    _set_extra(model, extra or {})
-    if optimizer is not None and packed is not None:
-        _restore_optimizer(optimizer, packed)
-    if scheduler is not None and schedule is not None:
-        scheduler.load_state_dict(schedule)
+            tensor.copy_(saved.weights[name])
+    _set_extra(model, saved.extra or {})
+    if optimizer is not None and saved.optimizer is not None:
+        # weights of another type than were saved: moments must follow them
+        same = all(each.dtype is saved.weights[name].dtype for name, each in current.items())
+        _restore_optimizer(optimizer, saved.optimizer, keep_types=same)
+    if scheduler is not None and saved.schedule is not None:
+        scheduler.load_state_dict(saved.schedule)
     scaler = training.scaler()
-    if scaler is not None and scaler_state is not None:
-        scaler.load_state_dict({key: _plain(value) for key, value in scaler_state.items()})
-    set_rng_state(random_state)
+    if scaler is not None and saved.scaler is not None:
+        scaler.load_state_dict({key: _plain(value) for key, value in saved.scaler.items()})
+    set_rng_state(saved.random_state)
     _zero_gradients(model)
     parts = {
-        "the optimizer's state": (packed, optimizer),
-        "the schedule": (schedule, scheduler),
-        "the gradient scaler's state (scaler=)": (scaler_state, scaler),
+        "the optimizer's state": (saved.optimizer, optimizer),
+        "the schedule": (saved.schedule, scheduler),
+        "the gradient scaler's state (scaler=)": (saved.scaler, scaler),
     }
-    return Restored(step, tuple(name for name, (a, b) in parts.items() if a and b is None))
+    return Restored(saved.step, tuple(name for name, (a, b) in parts.items() if a and b is None))
 
 
 def reset_optimizer(optimizer: Any) -> int:
@@ -85,6 +90,21 @@ def reset_optimizer(optimizer: Any) -> int:
             else:
                 state["step"] = 0
     return had
+
+
+def _read(folder: Path, torch: Any) -> _Saved:
+    """All of it. OSError, ValueError: it cannot be read, or lacks a part."""
+    rest: Dict[str, Any] = _load(folder / REST_FILE, torch)
+    weights = read_tensors(folder / MODEL_FILE, torch)
+    states = read_tensors(folder / OPTIMIZER_FILE, torch)
+    try:
+        optimizer, schedule, scaler, extra = (
+            join(rest.get(name), states) for name in ("optimizer", "scheduler", "scaler", "extra")
+        )
+        step = int(rest["step"])
+        return _Saved(weights, optimizer, schedule, scaler, extra, step, rest["rng"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} lacks a part of the training's state: {error}") from error
 
 
 def _zero_gradients(model: Any) -> None:
@@ -136,9 +156,9 @@ def _some(names: List[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _restore_optimizer(optimizer: Any, packed: Mapping[str, Any]) -> None:
+def _restore_optimizer(optimizer: Any, packed: Mapping[str, Any], *, keep_types: bool) -> None:
     """In place where the state has the same layout (whatever holds its tensors keeps them), else
-    as ``load_state_dict()`` does it.
+    as ``load_state_dict()`` does it, ``keep_types``: but in the types that were saved.
     """
     torch: Any = loaded_torch()
     now: Dict[str, Any] = {}
@@ -149,7 +169,8 @@ def _restore_optimizer(optimizer: Any, packed: Mapping[str, Any]) -> None:
     if not same or _values(plain) != _values(wanted):
         packed = _as_sharded(optimizer, packed)
         optimizer.load_state_dict(packed)
-        _keep_types(optimizer, packed)
+        if keep_types:
+            _keep_types(optimizer, packed)
         return
     with torch.no_grad():
         for name, tensor in now.items():
@@ -174,7 +195,8 @@ def _keep_types(optimizer: Any, packed: Mapping[str, Any]) -> None:
         state: Any = optimizer.state[parameters[number]]
         for name, value in saved.items():
             loaded: Any = state.get(name)
-            if hasattr(value, "dtype") and loaded.dtype is not value.dtype:
+            are_tensors = hasattr(loaded, "dtype") and hasattr(value, "dtype")
+            if are_tensors and loaded.dtype is not value.dtype:
                 state[name] = value.to(loaded.device)
 
 

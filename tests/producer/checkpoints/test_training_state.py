@@ -9,7 +9,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 import torch as _torch
 
-from plarv.checkpoints.contents import Training
+from plarv.checkpoints.contents import Training, collect
 from plarv.checkpoints.snapshot import MODEL_FILE, REST_FILE, Snapshot
 from plarv.checkpoints.tensor_file import read_tensors
 from plarv.checkpoints.training_state import reset_optimizer, restore
@@ -198,6 +198,35 @@ def test_moments_of_another_type_than_the_weights_stay_what_they_are(
     assert {s["average"].dtype for s in training.optimizer.state.values()} == {torch.float32}
     train(training.model, training.optimizer, None, 5)
     assert weights(training.model) == first
+
+
+def test_moments_follow_weights_that_have_another_type_now(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    random.seed(4)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, None, 3)
+    folder = save(tmp_path / "slot", prepared(model, optimizer), 3)
+    narrow = Tied()
+    narrow.inner.to(torch.bfloat16)
+    narrow.inner.register_forward_pre_hook(lambda _, given: given[0].to(torch.bfloat16))
+    narrow.inner.register_forward_hook(lambda *called: called[2].float())
+    other = torch.optim.AdamW(narrow.parameters())
+    restore(folder, Training(narrow, other))
+    assert other.state[narrow.inner.weight]["exp_avg"].dtype is torch.bfloat16
+    train(narrow, other, None, 2)
+
+
+def test_a_scaler_of_somebodys_own_is_left_out_and_said() -> None:
+    class Own:
+        _per_optimizer_states = None
+        _scale = None
+
+    model = torch.nn.Linear(2, 2)
+    own = Own()
+    found = collect(Training(model, torch.optim.SGD(model.parameters()), None, lambda: own))
+    assert found.left_out == ("the gradient scaler",)
+    assert "scaler" not in found.rest
 
 
 def test_a_training_goes_back_to_before_its_optimizer_had_state(tmp_path: Path) -> None:
