@@ -81,6 +81,7 @@ class CheckpointRing:
         self._blocked: Mapping[int, str] = {}
         self._look()
         self._frozen_step = -1  # of the checkpoint that must stay; -1: none
+        self._heard: Deque[int] = deque(maxlen=8)  # steps certified in this attempt, by its word
         self._last: Optional[int] = None  # step of the newest
         self._judged = -1
         self._since = slots.sequence  # slots up to it are of another attempt: no word on them comes
@@ -111,6 +112,8 @@ class CheckpointRing:
 
     def take(self, action: Action, step: int) -> None:
         """Hears of an action of the engine, after ``step``."""
+        if action.kind == "CERTIFY":
+            self._heard.append(int(action.parameters["checkpoint_step"]))
         if not self._writes:
             return
         if action.kind == "CERTIFY":
@@ -173,6 +176,7 @@ class CheckpointRing:
         self._last = step
         self._since = self._slots.sequence
         self._frozen_step = -1
+        self._heard.clear()
         if not self._writes:
             return
         for slot in [slot for slot in self._known if slot.certified]:
@@ -243,9 +247,12 @@ class CheckpointRing:
         return is_of_now and slot.step + CONFIRM_STEPS >= self._judged
 
     def _find(self, step: int) -> Slot:
-        """The certified one of ``step``. ValueError: there is none."""
+        """The certified one of ``step``, also where its certificate has been heard of and is not
+        written yet. ValueError: there is none.
+        """
         for slot in reversed(self._slots.all()):
-            if slot.step == step and slot.certified:
+            is_heard = step in self._heard and slot.sequence > self._since
+            if slot.step == step and (slot.certified or is_heard):
                 return slot
         raise ValueError(f"{self._slots.folder} holds no certified checkpoint of step {step}")
 

@@ -134,6 +134,28 @@ def test_in_auto_a_poisoned_run_goes_back_and_trains_on(
     assert recovered.step < first <= last
 
 
+def test_a_rollback_may_come_before_the_certificate_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certify = Slots.certify
+
+    def late(*given: Any, **named: Any) -> Any:
+        time.sleep(2.0)
+        return certify(*given, **named)
+
+    monkeypatch.setattr(Slots, "certify", late)
+    training = Training(tmp_path / "ring", monkeypatch, mode="AUTO")
+    session: Any = training.argus._session  # pyright: ignore[reportPrivateUsage]
+    training.until(lambda: bool(session._ring._heard))
+    assert training.certified() == []
+    training.step(poison=True)
+    training.until(lambda: bool(torch.isfinite(training.weights()).all()))
+    (recovered,) = training.controls("recovered")
+    assert recovered.step in (0, 1, 2)
+    assert not training.controls("action_refused")
+    training.argus.complete()
+
+
 def test_in_manual_a_rollback_is_told_the_anchor_is_frozen_and_nothing_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
