@@ -7,6 +7,7 @@ from typing import Any, Callable, Mapping, Optional
 
 from plarv import settings
 from plarv.checkpoints.contents import Training
+from plarv.checkpoints.parts import folder_of
 from plarv.checkpoints.ring import CheckpointRing
 from plarv.checkpoints.slots import Slots
 from plarv.faults import Faults
@@ -41,7 +42,7 @@ def open_ring(
     sharded = identity.world_size > 1 and _is_sharded(model)
     folder = Path(where).absolute()
     if sharded:
-        folder = folder / f"rank-{identity.rank:05d}"
+        folder = folder_of(folder, identity.rank)
     about = {
         "run_id": identity.run_id,
         "session": writer.session,

@@ -13,8 +13,9 @@ from queue import SimpleQueue
 from typing import Any, Callable, Deque, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from plarv import settings
-from plarv.checkpoints.anchor import read_anchor, write_anchor
+from plarv.checkpoints.anchor import write_anchor
 from plarv.checkpoints.contents import Training
+from plarv.checkpoints.parts import anchor_of_all, had_by_all
 from plarv.checkpoints.pretrained import save_beside
 from plarv.checkpoints.slots import Slot, Slots, choose
 from plarv.checkpoints.snapshot import Snapshot
@@ -147,12 +148,13 @@ class CheckpointRing:
     def recover(self, step: Optional[int]) -> Optional[Recovery]:
         """Goes back to the anchor, or to ``step``; None: there is no checkpoint."""
         self._settle()
-        anchor = read_anchor(self._slots.folder)
+        place = self._slots.folder, self._about["parts"]
+        anchor = anchor_of_all(*place)
         slots = self._slots.all()
         if step is None:
-            certified = [slot for slot in slots if slot.certified]
+            certified = had_by_all([slot for slot in slots if slot.certified], *place)
             wanted = [slot for slot in certified if slot.step == anchor.get("step")]
-            chosen = (wanted or certified or list(slots))[-1:]
+            chosen = (wanted or certified or had_by_all(slots, *place))[-1:]
         else:
             chosen = [slot for slot in slots if slot.step == step][-1:]
             if not chosen:

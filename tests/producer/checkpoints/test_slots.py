@@ -13,6 +13,8 @@ from typing import Dict, List, Optional, Set, Tuple
 import pytest
 from tests.producer.processes import environment
 
+from plarv.checkpoints.anchor import write_anchor
+from plarv.checkpoints.parts import anchor_of_all, folder_of, had_by_all
 from plarv.checkpoints.slots import Slot, Slots, choose, read_json, write_json
 from plarv.checkpoints.tensor_file import write_tensor_file
 
@@ -381,3 +383,28 @@ def test_a_kill_at_any_call_leaves_the_old_slot_or_the_new_one(tmp_path: Path) -
 def test_a_hundred_kills_leave_every_certified_slot_readable(tmp_path: Path) -> None:
     for number in range(100):
         kill_and_look(tmp_path, 0.0007 * number)
+
+
+def test_ranks_go_back_to_what_all_of_them_have(tmp_path: Path) -> None:
+    """A job died between two ranks' certificates, and on one of them before the last was saved."""
+    ranks = [Slots(folder_of(tmp_path, rank)) for rank in range(2)]
+    for rank, slots in enumerate(ranks):
+        assert slots.open()
+        for number, step in enumerate((50, 100, 150)[: 3 - rank]):
+            put(slots, number, step)
+        for step in (50, 100)[: 2 - rank]:
+            assert slots.certify(step, {"step": step}) is not None
+    for slots in ranks:
+        every = slots.all()
+        certified = [slot for slot in every if slot.certified]
+        assert [slot.step for slot in had_by_all(certified, slots.folder, 2)] == [50]
+        assert [slot.step for slot in had_by_all(every, slots.folder, 2)] == [50, 100]
+        assert had_by_all(certified, slots.folder, 1) == certified
+        assert had_by_all(certified, slots.folder, 3) == had_by_all(certified, slots.folder, 2)
+        assert had_by_all([], slots.folder, 2) == []
+    write_anchor(ranks[0].folder, ranks[0].all()[1])
+    assert anchor_of_all(ranks[1].folder, 2)["step"] == 100
+    write_anchor(ranks[1].folder, ranks[1].all()[0])
+    assert {anchor_of_all(slots.folder, 2)["step"] for slots in ranks} == {50}
+    assert anchor_of_all(ranks[0].folder, 1)["step"] == 100
+    assert anchor_of_all(tmp_path / "nowhere", 1) == {}
